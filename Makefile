@@ -1,0 +1,48 @@
+# Two commands set everything up: `make demo` and `make test`. Both make .venv themselves and
+# need nothing but python3 (3.11 or newer) and make.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := cli core datasets tests
+
+.PHONY: demo test check bench clean
+.DEFAULT_GOAL := test
+
+demo: $(VENV)/.base
+	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/demo.sh .demo
+
+test: $(VENV)/.test .links
+	$(BIN)/python -m pytest -q -n auto
+
+check: $(VENV)/.dev .links
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) .links .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find $(SOURCES) -name __pycache__ -type d -exec rm -rf {} +
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "dtl needs Python 3.11 or newer; say PYTHON=python3.12 make ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	touch $@ $(VENV)/.base
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
+	touch $@ $(VENV)/.base $(VENV)/.test
+
+# mypy sees the packages under their installed names through these links.
+.links: Makefile
+	mkdir -p .links/dtl
+	for room in cli core datasets; do ln -sfn ../../$$room .links/dtl/$$room; done
+	touch $@

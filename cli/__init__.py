@@ -1,0 +1,1 @@
+"""The command line of dtl: one thin file a command."""

@@ -1,0 +1,129 @@
+"""The root of the command line: the commands, and the one place where errors become exit codes."""
+
+import signal
+import sys
+from collections.abc import Callable
+from importlib.metadata import version
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from dtl.cli import (
+    aggregate,
+    compute_grads,
+    encrypt_grads,
+    evaluate,
+    init_model,
+    inspect,
+    keygen,
+    open_model,
+    release_model,
+    split_data,
+    terminal,
+)
+from dtl.core.errors import DtlError, UsageError
+
+KGC, PARTICIPANT, SERVER, ANYONE = (
+    "Key generation center",
+    "Participant",
+    "Parameter server",
+    "Anyone",
+)
+
+app = typer.Typer(
+    name="dtl",
+    help="Train one model together without showing anyone your data.",
+    epilog="Every command explains itself: dtl COMMAND --help. Results go to stdout, "
+    "everything else to stderr.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _add(panel: str, function: Callable[..., None], example: str) -> None:
+    name = function.__name__.replace("_", "-")
+    app.command(name, epilog=example, rich_help_panel=panel)(function)
+
+
+_add(KGC, keygen.keygen, keygen.EXAMPLE)
+_add(PARTICIPANT, compute_grads.compute_grads, compute_grads.EXAMPLE)
+_add(PARTICIPANT, encrypt_grads.encrypt_grads, encrypt_grads.EXAMPLE)
+_add(PARTICIPANT, open_model.open_model, open_model.EXAMPLE)
+_add(SERVER, aggregate.aggregate, aggregate.EXAMPLE)
+_add(SERVER, release_model.release_model, release_model.EXAMPLE)
+_add(ANYONE, inspect.inspect, inspect.EXAMPLE)
+_add(ANYONE, split_data.split_data, split_data.EXAMPLE)
+_add(ANYONE, init_model.init_model, init_model.EXAMPLE)
+_add(ANYONE, evaluate.evaluate, evaluate.EXAMPLE)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dtl {version('dtl-toolkit')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Train one model together without showing anyone your data."""
+
+
+# typer brings its own copy of click or uses the one installed, depending on its version;
+# its usage errors are known by this base class either way.
+_ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    terminal.set_up_warnings()
+    try:
+        command = typer.main.get_command(app)
+        result = command.main(args=arguments, prog_name="dtl", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except DtlError as error:
+        terminal.show_error(error)
+        return error.exit_code
+    except typer.Exit as error:
+        return error.exit_code
+    except typer.Abort:
+        raise KeyboardInterrupt from None
+    except _ClickError as error:
+        terminal.show_error(_usage_error(error))
+        return UsageError.exit_code
+    except MemoryError:
+        terminal.show_error(DtlError("out of memory", "take fewer --workers"))
+        return DtlError.exit_code
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        terminal.show_error(DtlError(f"{where}{(error.strerror or str(error)).lower()}"))
+        return DtlError.exit_code
+
+
+def _usage_error(error: Any) -> UsageError:
+    message = error.format_message().strip().rstrip(".")
+    context = getattr(error, "ctx", None)
+    path = context.command_path if context else "dtl"
+    return UsageError(message[:1].lower() + message[1:], f"try {path} --help")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Entry point: cleans up when interrupted, then ends by the signal as shells expect."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = run()
+    except KeyboardInterrupt:
+        terminal.show_error(DtlError("interrupted; no output was written"))
+        code = DtlError.exit_code
+    sys.stdout.flush()
+    sys.exit(code)

@@ -1,0 +1,122 @@
+"""`dtl encrypt-grads`: a participant encrypts its gradients."""
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dtl.cli import options
+from dtl.cli.options import (
+    ForceOption,
+    JobOption,
+    JsonOption,
+    KeyOption,
+    OutOption,
+    Output,
+    PassphraseOption,
+    QuietOption,
+    WorkersOption,
+)
+
+EXAMPLE = """Example:
+
+  dtl encrypt-grads alice.grads.safetensors --key job/alice.key -o alice.upload
+
+  dtl encrypt-grads from-pytorch.safetensors --model w1.safetensors --weight 0.25
+  --key job/alice.key -o alice.upload"""
+
+
+class RoundingName(StrEnum):
+    """How values are rounded."""
+
+    STOCHASTIC = "stochastic"
+    NEAREST = "nearest"
+
+
+def encrypt_grads(
+    gradients: Annotated[
+        Path,
+        typer.Argument(metavar="G", help="Named arrays, .safetensors or .npz.", show_default=False),
+    ],
+    key: KeyOption,
+    out: OutOption,
+    round_number: Annotated[
+        int | None,
+        typer.Option("--round", help="The round; by default the model's + 1.", show_default=False),
+    ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="The opened model or initial weights that the gradients are based on; "
+            "by default what compute-grads wrote into G.",
+            show_default=False,
+        ),
+    ] = None,
+    weight: Annotated[
+        float | None,
+        typer.Option(
+            help="Your share of the sum; by default 1/n for n participants.", show_default=False
+        ),
+    ] = None,
+    lr: Annotated[float, typer.Option(help="The learning rate; the gradients are scaled.")] = 1.0,
+    rounding: Annotated[
+        RoundingName, typer.Option(help="Stochastic is unbiased: small gradients are not lost.")
+    ] = RoundingName.STOCHASTIC,
+    rounding_seed: Annotated[
+        str | None,
+        typer.Option(help="Fixes the rounding (and nothing else).", show_default=False),
+    ] = None,
+    accept_differencing: Annotated[
+        bool,
+        typer.Option(
+            "--accept-differencing", help="Allow a second upload on one base (a void round)."
+        ),
+    ] = False,
+    job: JobOption = None,
+    passphrase_file: PassphraseOption = None,
+    force: ForceOption = False,
+    workers: WorkersOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Scale, round, clamp, pack, encrypt and sign gradients: an upload for the server."""
+    import secrets
+
+    from dtl.core.encoding.fixed_point import Stochastic, nearest
+    from dtl.core.errors import UsageError
+    from dtl.core.files.documents import Key
+    from dtl.core.roles import participant
+
+    if rounding is RoundingName.NEAREST and rounding_seed is not None:
+        raise UsageError("--rounding-seed: only with --rounding stochastic")
+    if rounding is RoundingName.NEAREST:
+        rounds = nearest
+    elif rounding_seed is not None:
+        rounds = Stochastic.from_text(rounding_seed)
+    else:
+        rounds = Stochastic(secrets.token_bytes(32))
+    output = Output(json, quiet)
+    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    wanted = participant.UploadOptions(
+        rounding=rounds,
+        weight=weight,
+        lr=lr,
+        round=round_number,
+        model=model,
+        accept_differencing=accept_differencing,
+    )
+    with output.work(workers) as work:
+        report = participant.encrypt_gradients(opened, gradients, out, wanted, force, work)
+    header = report.header
+    output.show(
+        upload=str(out),
+        digest=report.digest,
+        participant=header.signer,
+        round=header.round,
+        base=header.base,
+        values=header.values,
+        clamped="unknown: completed an interrupted run"
+        if report.clamped is None
+        else report.clamped,
+        bytes=out.stat().st_size,
+    )

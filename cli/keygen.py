@@ -1,0 +1,80 @@
+"""`dtl keygen`: the key generation center makes a job and hands out the keys."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dtl.cli import options
+from dtl.cli.options import (
+    JsonOption,
+    Output,
+    ParticipantsOption,
+    PassphraseOption,
+    QuietOption,
+    WorkersOption,
+)
+
+EXAMPLE = """Example:
+
+  dtl keygen job --participants alice,bob,carol --no-masks
+
+  ls job   # job.json goes to everyone, each NAME.key with its NAME.ledger to NAME only"""
+
+
+def keygen(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)
+    ],
+    participants: ParticipantsOption,
+    modulus_bits: Annotated[
+        int, typer.Option(help="2048 or 3072; smaller with --insecure.")
+    ] = 3072,
+    slot_bits: Annotated[int, typer.Option(help="Bits of an encrypted value.")] = 24,
+    fraction_bits: Annotated[int, typer.Option(help="Bits after the binary point.")] = 20,
+    min_contributors: Annotated[
+        int, typer.Option(help="The fewest uploads that are ever added up.")
+    ] = 3,
+    no_masks: Annotated[
+        bool, typer.Option("--no-masks", help="Do without pairwise masks.")
+    ] = False,
+    discard_master: Annotated[
+        bool,
+        typer.Option(
+            "--discard-master", help="Write no kgc.key: nobody can ever audit or recover."
+        ),
+    ] = False,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Allow a small modulus, for tests.")
+    ] = False,
+    passphrase_file: PassphraseOption = None,
+    workers: WorkersOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Make a job: the public job file, and a key for the center, the server and everyone."""
+    from dtl.core.files.documents import read_passphrase
+    from dtl.core.roles import key_center
+
+    output = Output(json, quiet)
+    wanted = key_center.JobOptions(
+        participants=options.names(participants, "--participants"),
+        modulus_bits=modulus_bits,
+        slot_bits=slot_bits,
+        fraction_bits=fraction_bits,
+        min_contributors=min_contributors,
+        masks=not no_masks,
+        insecure=insecure,
+        keep_master=not discard_master,
+    )
+    passphrase = read_passphrase(passphrase_file) if passphrase_file else None
+    with output.work(workers) as work:
+        job = key_center.generate_job(folder, wanted, passphrase, work)
+    output.show(
+        folder=str(folder),
+        job=job.digest,
+        security=job.security,
+        participants=list(job.names),
+        masks=job.masks,
+        min_contributors=job.min_contributors,
+        master_key="kept in kgc.key" if not discard_master else "discarded",
+    )

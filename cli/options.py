@@ -1,0 +1,122 @@
+"""Options that several commands share, and what they stand for."""
+
+import getpass
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from dtl.cli import terminal
+from dtl.core.errors import UsageError
+from dtl.core.parallel import Work
+from dtl.core.progress import ProgressCallback
+
+JOB_FILE = "job.json"
+
+JobOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--job",
+        envvar="DTL_JOB",
+        help="The public job file; by default job.json beside the key.",
+        show_default=False,
+    ),
+]
+KeyOption = Annotated[
+    Path, typer.Option("--key", envvar="DTL_KEY", help="Your key file.", show_default=False)
+]
+PassphraseOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--passphrase-file",
+        envvar="DTL_PASSPHRASE_FILE",
+        help="A file whose first line is the passphrase of the key; else you are asked for it.",
+        show_default=False,
+    ),
+]
+OutOption = Annotated[
+    Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)
+]
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Overwrite the output. Keys and ledgers never are.")
+]
+WorkersOption = Annotated[
+    int | None,
+    typer.Option("--workers", min=1, help="Cores to use; by default all.", show_default=False),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no result and no progress.")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="Makes the outcome repeatable.")]
+ParticipantsOption = Annotated[
+    str,
+    typer.Option(
+        "--participants",
+        metavar="NAMES",
+        help="Names, separated by commas: alice,bob,carol.",
+        show_default=False,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Output:
+    """How a command shows its result."""
+
+    as_json: bool
+    quiet: bool
+
+    def show(self, **result: Any) -> None:
+        """Print the result."""
+        terminal.show_result(result, self.as_json, self.quiet)
+
+    @contextmanager
+    def work(self, workers: int | None) -> Iterator[Work]:
+        """Work on so many cores, with progress shown."""
+        with self.progress() as progress:
+            yield Work(workers, progress)
+
+    @contextmanager
+    def progress(self) -> Iterator[ProgressCallback]:
+        """Show progress while the command works."""
+        with terminal.progress_bar(self.quiet) as callback:
+            yield callback
+
+
+def job_path(job: Path | None, key: Path) -> Path:
+    """The job file: the one named, or `job.json` beside the key."""
+    return job or key.parent / JOB_FILE
+
+
+def passphrase(path: Path | None) -> Callable[[], bytes]:
+    """How to get at the passphrase of a boxed key."""
+    from dtl.core.files.documents import read_passphrase
+
+    def ask() -> bytes:
+        if path is not None:
+            return read_passphrase(path)
+        if not sys.stdin.isatty():
+            raise UsageError("the key is boxed, and there is no passphrase", "--passphrase-file")
+        return getpass.getpass("dtl: passphrase: ", sys.stderr).encode()
+
+    return ask
+
+
+def names(text: str, option: str) -> list[str]:
+    """Names separated by commas."""
+    found = [name.strip() for name in text.split(",")]
+    if not all(found):
+        raise UsageError(f"{option}: expected names separated by commas, found {text!r}")
+    return found
+
+
+def sizes(text: str, option: str) -> list[int]:
+    """Whole numbers separated by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(f"{option}: expected numbers such as 64,32, found {text!r}") from None

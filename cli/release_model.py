@@ -1,0 +1,64 @@
+"""`dtl release-model`: the server takes its half off and seals the result."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dtl.cli import options
+from dtl.cli.options import (
+    ForceOption,
+    JobOption,
+    JsonOption,
+    KeyOption,
+    OutOption,
+    Output,
+    PassphraseOption,
+    QuietOption,
+    WorkersOption,
+)
+
+EXAMPLE = """Example:
+
+  dtl release-model model-1.enc --key job/server.key -o model-1.release
+
+  dtl release-model model-1.enc --key job/server.key --to alice,bob -o model-1.release"""
+
+
+def release_model(
+    result: Annotated[
+        Path,
+        typer.Argument(metavar="ENC", help="An encrypted sum or model.", show_default=False),
+    ],
+    key: KeyOption,
+    out: OutOption,
+    to: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Only to these contributors; by default to all who ever contributed.",
+            show_default=False,
+        ),
+    ] = None,
+    job: JobOption = None,
+    passphrase_file: PassphraseOption = None,
+    force: ForceOption = False,
+    workers: WorkersOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Release a result to those who contributed to it, and to nobody else."""
+    from dtl.core.files.documents import Key
+    from dtl.core.roles import server
+
+    output = Output(json, quiet)
+    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    wanted = options.names(to, "--to") if to is not None else None
+    with output.work(workers) as work:
+        report = server.release(opened, result, out, wanted, force, work)
+    output.show(
+        release=str(out),
+        digest=report.digest,
+        of=report.header.of,
+        round=report.header.round,
+        may_open=list(report.header.names),
+    )

@@ -1,0 +1,125 @@
+"""All that dtl says on a terminal; the only file that uses rich.
+
+Results go to stdout; progress, warnings and errors to stderr. Bars are shown only on a
+terminal.
+"""
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from dtl.core.errors import DtlError
+from dtl.core.progress import ProgressCallback, silent
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+
+_DIGEST = re.compile("[0-9a-f]{128}")
+
+
+def _errors() -> Console:
+    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def show_error(error: DtlError) -> None:
+    """Print an error, and its hint where it has one."""
+    _errors().print(f"[bold red]dtl: error:[/] {escape(_plain_text(error.message))}")
+    if error.hint:
+        _errors().print(f"[bold]dtl: hint:[/] {escape(_plain_text(error.hint))}")
+
+
+def _plain_text(text: str) -> str:
+    """Text without control characters: file names and tensor names come from outside."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
+class WarningHandler(logging.Handler):
+    """Prints the warnings that core logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print one warning."""
+        message = escape(_plain_text(record.getMessage()))
+        _errors().print(f"[yellow]dtl: warning:[/] {message}")
+
+
+def set_up_warnings() -> None:
+    """Send what core logs to stderr."""
+    logger = logging.getLogger("dtl")
+    logger.handlers = [WarningHandler()]
+    logger.propagate = False
+
+
+def show_result(result: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
+    """Print a result: one JSON object, or a short table."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+    elif not quiet:
+        table = Table.grid(padding=(0, 2))
+        table.add_column(style="bold", no_wrap=True)
+        table.add_column(overflow="fold")
+        for name, value in result.items():
+            for label, text in _rows(name.replace("_", " "), value):
+                table.add_row(label, escape(_plain_text(text)))
+        Console(highlight=False).print(table)
+
+
+def _rows(label: str, value: Any) -> Iterator[tuple[str, str]]:
+    match value:
+        case dict() if value:
+            for number, (name, item) in enumerate(value.items()):
+                for _, text in _rows("", item):
+                    yield (label if not number else "", f"{name}: {text}")
+        case list() | dict():
+            yield label, ", ".join(map(str, value)) or "none"
+        case bool():
+            yield label, "yes" if value else "no"
+        case None:
+            yield label, "none"
+        case float():
+            yield label, f"{value:.6g}"
+        case int() if abs(value) >= 10_000:
+            yield label, f"{value:,}"
+        case str() if _DIGEST.fullmatch(value):
+            yield label, f"{value[:16]}..."  # in full with --json
+        case _:
+            yield label, str(value)
+
+
+@contextmanager
+def progress_bar(quiet: bool) -> Iterator[ProgressCallback]:
+    """A callback for core's progress: a bar a step on a terminal, nothing elsewhere."""
+    console = _errors()
+    if quiet or not console.is_terminal:
+        yield silent
+        return
+    bars: dict[str, TaskID] = {}
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+    ) as progress:
+
+        def update(step: str, done: int, total: int | None) -> None:
+            if step not in bars:
+                bars[step] = progress.add_task(escape(step), total=total)
+            progress.update(bars[step], completed=done, total=total)
+
+        yield update

@@ -1,0 +1,1 @@
+"""The shared core of dtl: see README.md in this folder."""

@@ -1,0 +1,1 @@
+"""The double-trapdoor scheme on numbers; knows nothing of files, roles or tensors."""

@@ -1,0 +1,158 @@
+"""The double-trapdoor group: parameters, public key, and the two trapdoors.
+
+G is the group of squares among the N-th residues modulo N^2, for N = pq with safe primes.
+Its order p'q' is known to the key generation center only. Source: PROTOCOL.md,
+sections 2 and 3; Bresson-Catalano-Pointcheval (Asiacrypt 2003), DT-PKC (IEEE TIFS 2016).
+"""
+
+import hashlib
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from dtl.core.crypto import residues
+from dtl.core.crypto.primitives import fields, u32
+from dtl.core.errors import FormatError, UsageError
+
+COMPONENTS = 7
+"""Blocks under one r: k of the protocol. A group is COMPONENTS + 1 residues."""
+
+SECURE_SIZES = {2048: ("112", 224), 3072: ("128", 256)}
+"""|N| -> (security in bits, exponent length ell in bits)."""
+
+DEFAULT_MODULUS_BITS = 3072
+MIN_INSECURE_BITS = 256
+_INSECURE_EXPONENT_BITS = 256
+_SIZE_STEP = 16  # both primes get the same whole number of bytes
+
+
+def security_of(modulus_bits: int) -> str:
+    """The security label of a modulus size: "128", "112", or "insecure-..."."""
+    known = SECURE_SIZES.get(modulus_bits)
+    return known[0] if known else f"insecure-{modulus_bits}"
+
+
+def exponent_bits(modulus_bits: int) -> int:
+    """The exponent length ell for a modulus size."""
+    known = SECURE_SIZES.get(modulus_bits)
+    return known[1] if known else _INSECURE_EXPONENT_BITS
+
+
+def check_modulus_bits(modulus_bits: int, insecure: bool) -> None:
+    """Raise UsageError for a size that is not allowed."""
+    if modulus_bits in SECURE_SIZES:
+        return
+    if modulus_bits > max(SECURE_SIZES) or modulus_bits % _SIZE_STEP:
+        raise UsageError(f"modulus of {modulus_bits} bits: expected 2048 or 3072")
+    if modulus_bits < MIN_INSECURE_BITS:
+        raise UsageError(f"modulus of {modulus_bits} bits: expected at least {MIN_INSECURE_BITS}")
+    if not insecure:
+        raise UsageError(
+            f"modulus of {modulus_bits} bits is not secure",
+            "take 2048 or 3072; for tests only, add --insecure",
+        )
+
+
+@dataclass(frozen=True)
+class PublicKey:
+    """N, the generator g, and h_j = g^(a_j + b_j) for j = 1..7.
+
+    Raises FormatError when a value cannot belong to a key.
+    """
+
+    n: int
+    g: int
+    h: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        bits = self.n.bit_length()
+        if not self.n % 2 or bits < MIN_INSECURE_BITS or bits % _SIZE_STEP:
+            raise FormatError(f"public key: a modulus of {bits} bits cannot be one of ours")
+        if len(self.h) != COMPONENTS:
+            raise FormatError(f"public key: expected {COMPONENTS} components, found {len(self.h)}")
+        for value in (self.g, *self.h):
+            if not 1 < value < self.n**2 or math.gcd(value, self.n) != 1:
+                raise FormatError("public key: a value is out of range")
+        if math.gcd(self.g - 1, self.n) != 1:  # else the order of g is not p'q'
+            raise FormatError("public key: g is not a generator")
+
+    @property
+    def modulus_bits(self) -> int:
+        """|N| in bits."""
+        return self.n.bit_length()
+
+    @property
+    def exponent_bits(self) -> int:
+        """The exponent length ell."""
+        return exponent_bits(self.modulus_bits)
+
+    @cached_property
+    def arithmetic(self) -> residues.Arithmetic:
+        """Batch arithmetic modulo N^2."""
+        return residues.Arithmetic(self.n)
+
+    def __getstate__(self) -> dict[str, object]:
+        # What is derived is not sent to worker processes.
+        return {"n": self.n, "g": self.g, "h": self.h}
+
+
+@dataclass(frozen=True)
+class StrongTrapdoor:
+    """The primes p and q: opens every block by itself, without a half."""
+
+    p: int = field(repr=False)
+    q: int = field(repr=False)
+
+    @property
+    def n(self) -> int:
+        """The modulus N = pq."""
+        return self.p * self.q
+
+
+def choose_trapdoor(primes: Iterable[int]) -> StrongTrapdoor:
+    """Take the first two safe primes of a stream that are distinct and not close together.
+
+    Close means |p - q| <= 2^(|N|/2 - 100), which would let Fermat's method factor N.
+    """
+    stream = iter(primes)
+    p = next(stream)
+    for q in stream:
+        if abs(p - q) > 1 << max(0, p.bit_length() - 100):
+            return StrongTrapdoor(p, q)
+    raise UsageError("too few primes to choose a trapdoor from")
+
+
+def generate_public_key(
+    trapdoor: StrongTrapdoor, server_half: tuple[int, ...], participant_half: tuple[int, ...]
+) -> PublicKey:
+    """Choose g = x^(2N) mod N^2 and compute h_j = g^(a_j + b_j) (protocol, sections 2 and 3)."""
+    n = trapdoor.n
+    while True:
+        x = 1 + secrets.randbelow(n - 1)
+        if math.gcd(x, n) != 1:
+            continue
+        g = residues.power(x, 2 * n, n * n)
+        if math.gcd(g - 1, n) == 1:
+            break
+    halves = zip(server_half, participant_half, strict=True)
+    return PublicKey(n, g, tuple(residues.power(g, a + b, n * n) for a, b in halves))
+
+
+def expand_half(seed: bytes, label: str, job_id: bytes, bits: int) -> tuple[int, ...]:
+    """Expand a 32-byte seed into the 7 exponents of a half (protocol, section 3).
+
+    2 * int_le(SHAKE-256(fields("dtl/v1/expand", label, id, seed, u32(j)))), j = 1..7: even,
+    so that an element of order two in a ciphertext cannot reveal a bit of the half.
+    """
+    return tuple(
+        2
+        * int.from_bytes(
+            hashlib.shake_256(fields("dtl/v1/expand", label, job_id, seed, u32(j))).digest(
+                bits // 8
+            ),
+            "little",
+        )
+        for j in range(1, COMPONENTS + 1)
+    )

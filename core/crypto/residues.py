@@ -1,0 +1,325 @@
+"""Batch arithmetic on residues: arrays of little-endian bytes in, arrays out.
+
+The only module that knows gmpy2. Everything above speaks in whole batches, so that a
+native kernel can be put underneath. A batch is a uint8 array whose last axis holds one
+number, little-endian; the other axes are the batch.
+
+Not constant time: gmpy2 branches on its operands (see the limits in README.md).
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+
+import gmpy2
+import numpy as np
+from dtl.core.errors import FormatError, VerificationError
+from gmpy2 import mpz
+from numpy.typing import NDArray
+
+Bytes = NDArray[np.uint8]
+"""A batch of little-endian numbers, uint8 [..., width]."""
+
+PRIMALITY_ROUNDS = 40
+MAX_TABLE_BYTES = 56 << 20
+"""Memory that one fixed-base table may take."""
+
+_MPZ_OVERHEAD = 48  # an mpz object, its limb header and the list slot
+_BUCKET_BITS = 4  # digits of the shared-base powers; 3 and 4 cost the same, 5 more
+
+
+# --- single numbers: key generation and checks ---------------------------------------------
+
+
+def is_prime(candidate: int) -> bool:
+    """Baillie-PSW and further Miller-Rabin rounds: wrong with probability below 2^-80."""
+    return bool(gmpy2.is_prime(mpz(candidate), PRIMALITY_ROUNDS))
+
+
+def power(base: int, exponent: int, modulus: int) -> int:
+    """Return base^exponent mod modulus; a negative exponent inverts."""
+    return int(gmpy2.powmod(mpz(base), mpz(exponent), mpz(modulus)))
+
+
+def remainders(value: int, moduli: Sequence[int]) -> list[int]:
+    """Remainders of one large number by many small ones."""
+    dividend = mpz(value)
+    return [int(dividend % modulus) for modulus in moduli]
+
+
+# --- conversions ---------------------------------------------------------------------------
+
+
+def _numbers(batch: Bytes) -> list[mpz]:
+    width = batch.shape[-1]
+    data = np.ascontiguousarray(batch).tobytes()
+    return [
+        mpz.from_bytes(data[start : start + width], "little")
+        for start in range(0, len(data), width)
+    ]
+
+
+def _bytes(numbers: Iterable[mpz], width: int, *shape: int) -> Bytes:
+    data = b"".join(number.to_bytes(width, "little") for number in numbers)
+    return np.frombuffer(data, np.uint8).reshape(*shape, width)
+
+
+def to_integers(batch: Bytes) -> list[int]:
+    """The batch as plain Python integers, in C order."""
+    width = batch.shape[-1]
+    data = np.ascontiguousarray(batch).tobytes()
+    return [
+        int.from_bytes(data[start : start + width], "little")
+        for start in range(0, len(data), width)
+    ]
+
+
+def from_integers(numbers: Iterable[int], width: int) -> Bytes:
+    """Plain Python integers as a batch [n, width]."""
+    data = b"".join(number.to_bytes(width, "little") for number in numbers)
+    return np.frombuffer(data, np.uint8).reshape(-1, width)
+
+
+# --- arithmetic modulo N^2 -------------------------------------------------------------------
+
+
+class Arithmetic:
+    """Batch arithmetic modulo N^2, and on blocks modulo N.
+
+    `width` is the bytes of a residue (2|N|/8), `block_width` those of a block (|N|/8).
+    """
+
+    def __init__(self, modulus: int) -> None:
+        self._n = mpz(modulus)
+        self._n2 = self._n * self._n
+        self.block_width = modulus.bit_length() // 8
+        self.width = 2 * self.block_width
+
+    def check(self, residues: Bytes) -> None:
+        """Raise FormatError unless all of [..., width] are in (0, N^2) and prime to N.
+
+        The gcd is taken once, of the product of all modulo N (protocol, section 4).
+        """
+        product = mpz(1)
+        for number in _numbers(residues):
+            if not 0 < number < self._n2:
+                raise FormatError("a residue is out of range")
+            product = product * (number % self._n) % self._n
+        if gmpy2.gcd(product, self._n) != 1:
+            raise FormatError("a residue has a factor in common with the modulus")
+
+    def product(self, batches: Sequence[Bytes]) -> Bytes:
+        """Componentwise product of batches of one shape."""
+        first, *others = batches
+        result = _numbers(first)
+        for batch in others:
+            result = [a * b % self._n2 for a, b in zip(result, _numbers(batch), strict=True)]
+        return _bytes(result, *self._shape(first))
+
+    def inverse(self, batch: Bytes) -> Bytes:
+        """Componentwise inverse: one inversion for the whole batch (Montgomery's trick)."""
+        numbers = _numbers(batch)
+        running, prefixes = mpz(1), []
+        for number in numbers:
+            prefixes.append(running)
+            running = running * number % self._n2
+        try:
+            running = gmpy2.invert(running, self._n2)
+        except ZeroDivisionError:
+            raise VerificationError("a residue is not invertible") from None
+        inverses = [mpz(0)] * len(numbers)
+        for index in reversed(range(len(numbers))):
+            inverses[index] = running * prefixes[index] % self._n2
+            running = running * numbers[index] % self._n2
+        return _bytes(inverses, *self._shape(batch))
+
+    def add_blocks(self, residues: Bytes, blocks: Bytes) -> Bytes:
+        """Multiply each residue c by (1 + m N) for its block m in [0, N).
+
+        c (1 + m N) = c + N (c m mod N) modulo N^2: half the length of a full product.
+        """
+        n, n2 = self._n, self._n2
+        result = (
+            (c + n * (c % n * m % n)) % n2
+            for c, m in zip(_numbers(residues), _numbers(blocks), strict=True)
+        )
+        return _bytes(result, *self._shape(residues))
+
+    def shared_base_powers(self, bases: Bytes, exponents: Sequence[int]) -> Bytes:
+        """Raise every base to all exponents: [G, width] -> [G, len(exponents), width].
+
+        The squarings of a base are shared between its exponents: Yao's method (SIAM J.
+        Comput. 5, 1976) puts each power base^(2^(4i)) into the bucket of the exponent's
+        i-th digit and multiplies bucket d in d times by running products.
+        """
+        digits = [_digits(exponent, _BUCKET_BITS) for exponent in exponents]
+        length = max(map(len, digits), default=0)
+        out: list[mpz] = []
+        for base in _numbers(bases):
+            powers = [base]
+            for _ in range(length - 1):
+                value = powers[-1]
+                for _ in range(_BUCKET_BITS):
+                    value = value * value % self._n2
+                powers.append(value)
+            out += [self._bucket_power(powers, row) for row in digits]
+        return _bytes(out, self.width, len(bases), len(exponents))
+
+    def _bucket_power(self, powers: list[mpz], digits: list[int]) -> mpz:
+        n2 = self._n2
+        buckets: list[mpz | None] = [None] * (1 << _BUCKET_BITS)
+        for value, digit in zip(powers, digits, strict=False):
+            if digit:
+                held = buckets[digit]
+                buckets[digit] = value if held is None else held * value % n2
+        running: mpz | None = None
+        result = mpz(1)
+        for bucket in reversed(buckets[1:]):
+            if bucket is not None:
+                running = bucket if running is None else running * bucket % n2
+            if running is not None:
+                result = result * running % n2
+        return result
+
+    def logarithms(self, residues: Bytes) -> Bytes:
+        """L(u) of residues that must be 1 or -1 modulo N: [..., width] -> [..., block_width].
+
+        Of u = -1 (mod N) the negative is taken (protocol, section 4). Anything else means a
+        wrong key or a damaged file: VerificationError.
+        """
+        n, n2 = self._n, self._n2
+        blocks: list[mpz] = []
+        for number in _numbers(residues):
+            quotient, remainder = gmpy2.f_divmod(number, n)
+            if remainder == n - 1:
+                quotient, remainder = gmpy2.f_divmod(n2 - number, n)
+            if remainder != 1:
+                raise VerificationError(
+                    "a block does not open",
+                    "the key does not belong to this ciphertext, or the ciphertext was damaged",
+                )
+            blocks.append(quotient)
+        return _bytes(blocks, self.block_width, *residues.shape[:-1])
+
+    def _shape(self, batch: Bytes) -> tuple[int, ...]:
+        return (self.width, *batch.shape[:-1])
+
+
+class FixedBaseTable:
+    """Powers of fixed bases to many exponents, by Lim and Lee's comb (Crypto '94).
+
+    The exponent's bits are laid out in `rows` rows of `columns`; one table entry covers a
+    column, one bit a row. The columns are cut into blocks of `depth`, each with a table of
+    its own, at the price of depth - 1 squarings a power. `uses` powers of each base are
+    expected: rows and depth are chosen for the fewest multiplications, within
+    MAX_TABLE_BYTES.
+    """
+
+    def __init__(
+        self, arithmetic: Arithmetic, bases: Sequence[int], exponent_bits: int, uses: int
+    ) -> None:
+        self._arithmetic = arithmetic
+        self._n2 = arithmetic._n2
+        self._bases = len(bases)
+        self._bits = exponent_bits
+        entry_bytes = arithmetic.width + _MPZ_OVERHEAD
+        limit = MAX_TABLE_BYTES // (entry_bytes * self._bases)
+        self.rows, self.depth = _best_comb(exponent_bits, uses, limit)
+        self._columns = -(-exponent_bits // self.rows)
+        self._blocks = -(-self._columns // self.depth)
+        self._tables = [self._comb(mpz(base)) for base in bases]
+
+    def _comb(self, base: mpz) -> list[list[mpz]]:
+        n2 = self._n2
+        chain = [base]  # base^(2^i)
+        for _ in range(self.rows * self._columns - 1):
+            chain.append(chain[-1] * chain[-1] % n2)
+        tables = []
+        for block in range(self._blocks):
+            entries = [mpz(1)]
+            for row in range(self.rows):
+                place = row * self._columns + block * self.depth
+                factor = chain[place]
+                entries += [entry * factor % n2 for entry in entries]
+            tables.append(entries)
+        return tables
+
+    def powers(self, exponents: Bytes) -> Bytes:
+        """Every base to every exponent: [G, exponent bytes] -> [G, bases, width].
+
+        Exponents must be below 2^exponent_bits.
+        """
+        n2 = self._n2
+        out: list[mpz] = []
+        for schedule in self._schedules(exponents):
+            for tables in self._tables:
+                result: mpz | None = None
+                for step, digits in enumerate(schedule):
+                    if step and result is not None:
+                        result = result * result % n2
+                    for table, digit in zip(tables, digits, strict=True):
+                        if digit:
+                            entry = table[digit]
+                            result = entry if result is None else result * entry % n2
+                out.append(mpz(1) if result is None else result)
+        return _bytes(out, self._arithmetic.width, len(exponents), self._bases)
+
+    def _schedules(self, exponents: Bytes) -> Iterator[list[list[int]]]:
+        """The comb digits of each exponent, as depth steps of one digit for each block."""
+        bits = np.unpackbits(exponents, axis=-1, bitorder="little")
+        if bits[:, self._bits :].any():
+            raise ValueError("an exponent is longer than the table")
+        bits = bits[:, : self._bits]
+        padded = np.zeros((len(bits), self.rows, self._blocks * self.depth), np.int64)
+        comb = np.zeros((len(bits), self.rows * self._columns), np.int64)
+        comb[:, : bits.shape[1]] = bits
+        padded[:, :, : self._columns] = comb.reshape(len(bits), self.rows, self._columns)
+        digits = np.tensordot(padded, 1 << np.arange(self.rows), axes=(1, 0))
+        steps = digits.reshape(len(bits), self._blocks, self.depth)[:, :, ::-1]
+        yield from steps.transpose(0, 2, 1).tolist()
+
+
+def _best_comb(bits: int, uses: int, max_entries: int) -> tuple[int, int]:
+    """The (rows, depth) of a comb with the fewest multiplications for `uses` powers."""
+    best, choice = math.inf, (1, bits)
+    for rows in range(1, 17):
+        columns = -(-bits // rows)
+        for depth in range(1, columns + 1):
+            entries = -(-columns // depth) << rows
+            if rows > 1 and entries > max_entries:
+                continue
+            cost = entries + bits + uses * (columns + depth - 2)
+            if cost < best:
+                best, choice = cost, (rows, depth)
+    return choice
+
+
+def _digits(exponent: int, bits: int) -> list[int]:
+    mask = (1 << bits) - 1
+    return [(exponent >> shift) & mask for shift in range(0, exponent.bit_length(), bits)]
+
+
+class PaillierArithmetic:
+    """Opening with the factors of N: Paillier decryption by CRT (Eurocrypt '99, section 7)."""
+
+    def __init__(self, p: int, q: int) -> None:
+        self._p, self._q = mpz(p), mpz(q)
+        self._n = self._p * self._q
+        self.block_width = int(self._n.bit_length()) // 8
+
+    @cached_property
+    def _constants(self) -> tuple[mpz, mpz, mpz]:
+        p, q = self._p, self._q
+        # L_p((1 + N)^(p - 1)) = (p - 1) q = -q (mod p), and likewise for q.
+        return gmpy2.invert(-q % p, p), gmpy2.invert(-p % q, q), gmpy2.invert(p, q)
+
+    def open(self, residues: Bytes) -> Bytes:
+        """Blocks [..., block_width] of residues [..., width], each opened on its own."""
+        p, q = self._p, self._q
+        inverse_p, inverse_q, p_in_q = self._constants
+        blocks = []
+        for number in _numbers(residues):
+            m_p = (gmpy2.powmod(number, p - 1, p * p) - 1) // p * inverse_p % p
+            m_q = (gmpy2.powmod(number, q - 1, q * q) - 1) // q * inverse_q % q
+            blocks.append(m_p + p * ((m_q - m_p) * p_in_q % q))
+        return _bytes(blocks, self.block_width, *residues.shape[:-1])

@@ -1,0 +1,84 @@
+"""Encrypt, add, open: the double-trapdoor scheme on batches of groups.
+
+A *group* is 7 blocks under one random r: residues uint8 [G, 8, width], in the order
+c_0, c_1, ..., c_7, with
+
+    c_0 = g^r,   c_j = h_j^r (1 + m_j N)   modulo N^2.
+
+Its blocks are uint8 [G, 7, block width], each a number in [0, N). Source: PROTOCOL.md,
+section 4; one g^r for several keys: Kurosawa (PKC 2002), Bellare-Boldyreva-Staddon (PKC 2003).
+"""
+
+import secrets
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+from dtl.core.crypto.group import PublicKey, StrongTrapdoor
+from dtl.core.crypto.residues import Bytes, FixedBaseTable, PaillierArithmetic
+
+
+def fresh_randomness(key: PublicKey, groups: int) -> Bytes:
+    """Draw r for `groups` groups from the operating system: uint8 [G, ell/8]."""
+    width = key.exponent_bits // 8
+    return np.frombuffer(secrets.token_bytes(groups * width), np.uint8).reshape(groups, width)
+
+
+@lru_cache(maxsize=2)
+def _encryption_table(key: PublicKey, uses: int) -> FixedBaseTable:
+    return FixedBaseTable(key.arithmetic, (key.g, *key.h), key.exponent_bits, uses)
+
+
+def encrypt(key: PublicKey, blocks: Bytes, randomness: Bytes, expected_groups: int) -> Bytes:
+    """Encrypt blocks [G, 7, block width] under randomness [G, ell/8] -> residues [G, 8, width].
+
+    `expected_groups` is how many groups will be encrypted in all: it sizes the table of
+    powers, which is kept from call to call.
+    """
+    residues = _encryption_table(key, expected_groups).powers(randomness).copy()
+    residues[:, 1:] = key.arithmetic.add_blocks(residues[:, 1:], blocks)
+    return residues
+
+
+def add(key: PublicKey, batches: Sequence[Bytes]) -> Bytes:
+    """Add ciphertexts: the componentwise product of batches [G, 8, width]."""
+    return key.arithmetic.product(batches)
+
+
+def subtract(key: PublicKey, minuend: Bytes, subtrahend: Bytes) -> Bytes:
+    """Subtract ciphertexts [G, 8, width]."""
+    return key.arithmetic.product([minuend, key.arithmetic.inverse(subtrahend)])
+
+
+def negate(key: PublicKey, residues: Bytes) -> Bytes:
+    """Negate ciphertexts [G, 8, width]."""
+    return key.arithmetic.inverse(residues)
+
+
+def add_public(key: PublicKey, residues: Bytes, blocks: Bytes) -> Bytes:
+    """Add public blocks [G, 7, block width]: c_j (1 + m_j N); c_0 is unchanged."""
+    result = residues.copy()
+    result[:, 1:] = key.arithmetic.add_blocks(residues[:, 1:], blocks)
+    return result
+
+
+def apply_half(key: PublicKey, residues: Bytes, half: Sequence[int]) -> Bytes:
+    """Take one half off: c_j (c_0^-1)^(x_j); c_0 is unchanged."""
+    arithmetic = key.arithmetic
+    powers = arithmetic.shared_base_powers(arithmetic.inverse(residues[:, 0]), half)
+    result = residues.copy()
+    result[:, 1:] = arithmetic.product([residues[:, 1:], powers])
+    return result
+
+
+def open_blocks(key: PublicKey, residues: Bytes) -> Bytes:
+    """Blocks [G, 7, block width] of residues from which both halves have been taken off.
+
+    Raises VerificationError when any block does not open: a wrong key or a damaged file.
+    """
+    return key.arithmetic.logarithms(residues[:, 1:])
+
+
+def strong_open(trapdoor: StrongTrapdoor, residues: Bytes) -> Bytes:
+    """Blocks of residues [..., width], each opened by itself with the strong trapdoor."""
+    return PaillierArithmetic(trapdoor.p, trapdoor.q).open(residues)

@@ -1,0 +1,96 @@
+"""Integers to blocks and back: S slots of B bits in one number modulo N.
+
+A block is M = sum of e_i 2^(B i), signed, modulo N; blocks are uint8 [n, |N|/8],
+little-endian. Source: PROTOCOL.md, section 5.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from dtl.core.encoding.fixed_point import Integers
+from dtl.core.errors import UsageError, VerificationError
+from numpy.typing import NDArray
+
+Blocks = NDArray[np.uint8]
+_WORD_BITS = 64
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How many slots a block has, and how integers get into them and out again."""
+
+    modulus: int
+    slot_bits: int
+
+    def __post_init__(self) -> None:
+        if self.slots < 1:
+            raise UsageError(
+                f"slots of {self.slot_bits} bits do not fit into a modulus of "
+                f"{self.modulus.bit_length()} bits"
+            )
+
+    @cached_property
+    def slots(self) -> int:
+        """S = floor((|N| - 2) / B)."""
+        return (self.modulus.bit_length() - 2) // self.slot_bits
+
+    @cached_property
+    def block_width(self) -> int:
+        """Bytes of a block."""
+        return self.modulus.bit_length() // 8
+
+    @cached_property
+    def _bias(self) -> int:
+        """The sum of 2^(B-1) 2^(B i): makes every slot of a packed block non-negative."""
+        slot = 1 << (self.slot_bits - 1)
+        return sum(slot << (self.slot_bits * i) for i in range(self.slots))
+
+    def pack(self, integers: Integers, blocks: int) -> Blocks:
+        """Pack |e| < 2^(B-1) into `blocks` blocks, the unused slots zero."""
+        slots = np.zeros((blocks * self.slots), np.int64)
+        slots[: integers.size] = integers
+        biased = (slots + (1 << (self.slot_bits - 1))).astype("<u8")
+        bits = np.unpackbits(biased.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
+        rows = bits[:, : self.slot_bits].reshape(blocks, -1)
+        packed = np.zeros((blocks, self.block_width), np.uint8)
+        data = np.packbits(rows, axis=1, bitorder="little")
+        packed[:, : data.shape[1]] = data
+        return self._each(packed, lambda value: (value - self._bias) % self.modulus)
+
+    def unpack(self, packed: Blocks, values: int) -> Integers:
+        """Cut blocks into slots and return the first `values` of them.
+
+        Raises VerificationError for a block out of range or padding that is not zero.
+        """
+        limit = 1 << (self.slot_bits * self.slots)
+
+        def shifted(value: int) -> int:
+            biased = (value + self._bias) % self.modulus
+            if biased >= limit:
+                raise VerificationError("a block is out of range")
+            return biased
+
+        data = self._each(packed, shifted)
+        bits = np.unpackbits(data, axis=1, bitorder="little")[:, : self.slots * self.slot_bits]
+        words = np.zeros((len(packed) * self.slots, _WORD_BITS), np.uint8)
+        words[:, : self.slot_bits] = bits.reshape(-1, self.slot_bits)
+        biased = np.packbits(words, axis=1, bitorder="little").view("<u8").ravel()
+        integers = biased.astype(np.int64) - (1 << (self.slot_bits - 1))
+        if integers[values:].any():
+            raise VerificationError("the padding is not zero")
+        return integers[:values]
+
+    def _each(self, blocks: Blocks, function: Callable[[int], int]) -> Blocks:
+        """Apply a function of one number to every block."""
+        width = self.block_width
+        data = blocks.tobytes()
+        starts: Iterable[int] = range(0, len(data), width)
+        return np.frombuffer(
+            b"".join(
+                function(int.from_bytes(data[at : at + width], "little")).to_bytes(width, "little")
+                for at in starts
+            ),
+            np.uint8,
+        ).reshape(-1, width)

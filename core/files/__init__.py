@@ -1,0 +1,1 @@
+"""Every file that dtl reads or writes, strictly; knows nothing of roles."""

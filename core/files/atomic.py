@@ -1,0 +1,278 @@
+"""Outputs that are complete or absent: temporary file, fsync, rename.
+
+A temporary file lives in the folder of its output, under a hidden name. It is locked while
+its process lives; leftovers of a killed process are removed by the next command that
+writes the same output.
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from dtl.core.errors import DtlError, FormatError, UsageError
+
+PUBLIC_MODE = 0o666  # less the umask
+PRIVATE_MODE = 0o600
+
+_WRONG_NAME = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+
+@contextmanager
+def machine_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError on `path` into a reported failure: usage (2) or the machine (1)."""
+    try:
+        yield
+    except OSError as error:
+        reason = (os.strerror(error.errno) if error.errno else str(error)).lower()
+        kind = UsageError if error.errno in _WRONG_NAME else DtlError
+        raise kind(f"{path}: {reason}") from None
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class AtomicOutput:
+    """A file under construction; nothing appears under its name before `commit`.
+
+    Use as a context manager: leaving it without `commit` removes the temporary file.
+    Raises UsageError when the output exists and `force` is false.
+    """
+
+    def __init__(self, path: Path, force: bool = False, mode: int = PUBLIC_MODE) -> None:
+        self.path = path
+        self._force = force
+        self._sealed = self._keep = False
+        check_output(path, force)
+        _remove_leftovers(path)
+        self._temporary = _temporary_name(path)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with machine_errors(path):
+            self.descriptor = os.open(self._temporary, flags, mode)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        view = memoryview(data).cast("B")
+        with machine_errors(self.path):
+            while view:
+                view = view[os.write(self.descriptor, view) :]
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """Write bytes at a place."""
+        view = memoryview(data).cast("B")
+        with machine_errors(self.path):
+            while view:
+                done = os.pwrite(self.descriptor, view, offset)
+                view, offset = view[done:], offset + done
+
+    def stream(self) -> IO[bytes]:
+        """The output as a file object, for libraries that want one; close it before `commit`."""
+        return os.fdopen(os.dup(self.descriptor), "r+b")
+
+    def seal(self, digest: bytes) -> None:
+        """Finish writing: fsync, and move to a temporary name that carries the digest.
+
+        A rerun that finds the digest in a ledger completes the work with `finish`.
+        """
+        pending = pending_path(self.path, digest)
+        with machine_errors(self.path):
+            os.fsync(self.descriptor)
+            self._temporary.replace(pending)
+            self._temporary, self._sealed = pending, True
+            fsync_folder(self.path.parent)
+
+    def sync(self) -> None:
+        """Make what was written durable, before a ledger says that it exists."""
+        with machine_errors(self.path):
+            os.fsync(self.descriptor)
+
+    def commit(self) -> None:
+        """Give the finished file its name."""
+        with machine_errors(self.path):
+            if not self._sealed:
+                os.fsync(self.descriptor)
+            place(self._temporary, self.path, self._force)
+        self._close()
+
+    def keep(self) -> None:
+        """From here on a failure leaves the sealed file for a rerun to complete."""
+        self._keep = True
+
+    def _close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.descriptor >= 0:
+            if not self._keep:
+                with suppress(OSError):
+                    self._temporary.unlink()
+            self._close()
+
+
+class AtomicFolder:
+    """A folder under construction, readable by its owner only, named by `commit`.
+
+    Use as a context manager: files go into `temporary`; leaving it without `commit` removes
+    it. Raises UsageError as `check_new_folder`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(os.path.abspath(path))  # noqa: PTH100  (resolve would follow links)
+        check_new_folder(self.path)
+        _remove_leftovers(self.path)
+        self.temporary = _temporary_name(self.path)
+        with machine_errors(path):
+            self.temporary.mkdir(mode=0o700)
+            self._lock = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+
+    def commit(self) -> None:
+        """Give the finished folder its name."""
+        with machine_errors(self.path):
+            fsync_folder(self.temporary)
+            self.temporary.rename(self.path)
+            fsync_folder(self.path.parent)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        os.close(self._lock)
+
+
+def check_new_folder(folder: Path) -> None:
+    """Raise UsageError unless `folder` does not exist or is empty, and is not the current one."""
+    with machine_errors(folder):
+        if not folder.exists() and not folder.is_symlink():
+            if not Path(os.path.abspath(folder)).parent.is_dir():  # noqa: PTH100
+                raise UsageError(f"{folder}: its parent folder does not exist")
+        elif folder.is_symlink() or not folder.is_dir():
+            raise UsageError(f"{folder}: exists already, and is not a folder")
+        elif any(folder.iterdir()) or folder.samefile(Path.cwd()):
+            raise UsageError(
+                f"{folder}: expected a new or empty folder", "nothing in it is ever overwritten"
+            )
+
+
+def _temporary_name(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files and folders of killed commands with this output."""
+    with machine_errors(path):
+        leftovers = [
+            entry
+            for entry in path.parent.iterdir()
+            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".partial")
+        ]
+    for leftover in leftovers:
+        with suppress(OSError):
+            descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is in use
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def pending_path(path: Path, digest: bytes) -> Path:
+    """The name of a finished output that has not got its own name yet."""
+    return path.with_name(f".{path.name}.{digest.hex()[:32]}.pending")
+
+
+def finish(path: Path, digest: bytes, force: bool) -> bool:
+    """Complete the rename of a sealed output; False when there is none with this digest."""
+    pending = pending_path(path, digest)
+    if not pending.is_file():
+        return False
+    with machine_errors(path):
+        place(pending, path, force)
+    return True
+
+
+def place(finished: Path, path: Path, force: bool) -> None:
+    """Rename a finished file to its name; without `force` never over an existing one."""
+    if force:
+        finished.replace(path)
+    else:
+        try:
+            os.link(finished, path, follow_symlinks=False)
+        except FileExistsError:
+            raise _exists(path) from None
+        except OSError:  # a file system without hard links
+            if path.exists():
+                raise _exists(path) from None
+            finished.rename(path)
+        else:
+            finished.unlink()
+    fsync_folder(path.parent)
+
+
+def check_output(path: Path, force: bool) -> None:
+    """Raise UsageError when `path` cannot be an output: it exists, or its folder does not."""
+    with machine_errors(path):
+        if not stat.S_ISDIR(path.parent.stat().st_mode):
+            raise UsageError(f"{path.parent}: expected a folder")
+        try:
+            found = path.lstat()
+        except FileNotFoundError:
+            return
+    if force and stat.S_ISREG(found.st_mode):
+        return
+    raise _exists(path)
+
+
+def _exists(path: Path) -> UsageError:
+    return UsageError(f"{path}: exists already", "choose another name, or add --force")
+
+
+def write_file(path: Path, data: bytes, force: bool = False, mode: int = PUBLIC_MODE) -> None:
+    """Write a small file atomically."""
+    with AtomicOutput(path, force, mode) as output:
+        output.write(data)
+        output.commit()
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Read a small regular file of at most `limit` bytes."""
+    with machine_errors(path), path.open("rb") as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise UsageError(f"{path}: expected a file")
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise FormatError(f"{path}: expected at most {limit} bytes")
+    return data

@@ -1,0 +1,60 @@
+"""Canonical JSON: one spelling for every value, so that digests are well defined.
+
+UTF-8, unescaped, keys sorted, no spaces, no floats. Source: PROTOCOL.md, section 0.
+"""
+
+import json
+from typing import Any, NoReturn
+
+from dtl.core.errors import FormatError
+
+Json = Any
+"""None, bool, int, str, list or dict of those."""
+
+
+def dumps(value: Json) -> bytes:
+    """Encode canonically."""
+    text = json.dumps(
+        value, ensure_ascii=False, sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return text.encode()
+
+
+def loads(data: bytes, what: str) -> Json:
+    """Decode; FormatError unless encoding the result again gives the same bytes.
+
+    That refuses duplicate keys, floats, escapes, spaces, unsorted keys and every other
+    second spelling. `what` names the file in the error.
+    """
+    value = parse(data, what)
+    try:
+        same = dumps(value) == data
+    except (ValueError, RecursionError):
+        same = False
+    if not same:
+        raise FormatError(f"{what}: expected canonical JSON")
+    return value
+
+
+def parse(data: bytes, what: str) -> Json:
+    """Decode JSON without floats or duplicate keys, but in any spelling; else FormatError."""
+    try:
+        return json.loads(
+            data.decode("utf-8"),
+            parse_float=_refuse,
+            parse_constant=_refuse,
+            object_pairs_hook=_unique,
+        )
+    except (ValueError, RecursionError):  # includes bad UTF-8 and absurdly long integers
+        raise FormatError(f"{what}: expected JSON with unique keys and no floats") from None
+
+
+def _refuse(_: str) -> NoReturn:
+    raise ValueError
+
+
+def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError
+    return found

@@ -1,0 +1,215 @@
+"""Ledgers: what a party has already done, append-only, chained, locked, durable.
+
+A ledger keeps its party from doing twice what the protocol allows once: it is JSON lines,
+each holding the hash of the line before it. The first line names the ledger; its id is
+pinned in the key file. Source: PROTOCOL.md, section 7.
+
+A line counts once its newline is on disk. A torn last line (a crash while it was written)
+is cut off; nothing had been handed out on the strength of it.
+"""
+
+import fcntl
+import os
+import secrets
+from types import TracebackType
+from typing import Any, Literal, Self, TypeVar
+
+from dtl.core.crypto.primitives import hash_fields
+from dtl.core.errors import FormatError, NotAllowedError, VerificationError
+from dtl.core.files import canonical_json
+from dtl.core.files.atomic import machine_errors
+from dtl.core.files.documents import Key
+from dtl.core.files.schema import Digest, Document, Identifier, Name, Round, Timestamp
+
+_PREVIOUS = "previous"
+
+
+class LedgerHead(Document):
+    """The first line: which ledger this is."""
+
+    event: Literal["ledger"]
+    format: Literal["dtl/v1"]
+    ledger: Identifier
+    name: Name
+
+
+class UploadEntry(Document):
+    """A participant made an upload."""
+
+    event: Literal["upload"]
+    round: Round
+    base: Digest | None
+    opened: Digest | None
+    upload: Digest
+
+
+class OpenEntry(Document):
+    """A participant opened a result."""
+
+    event: Literal["open"]
+    round: Round
+    result: Digest
+    parent: Digest | None
+    opened: Digest
+
+
+class AggregateEntry(Document):
+    """The server accepted uploads and computed a result.
+
+    `content` is the hash of the result's header without its time, so that the same result
+    made again is the same file: it takes over `created`.
+    """
+
+    event: Literal["aggregate"]
+    round: Round
+    base: Digest | None
+    uploads: dict[Name, Digest]
+    content: Digest
+    created: Timestamp
+
+
+class ReleaseEntry(Document):
+    """The server released a result."""
+
+    event: Literal["release"]
+    round: Round
+    base: Digest | None
+    result: Digest
+    grants: tuple[Name, ...]
+    admitted: tuple[Name, ...]
+
+
+_ENTRIES: dict[str, type[Document]] = {
+    "upload": UploadEntry,
+    "open": OpenEntry,
+    "aggregate": AggregateEntry,
+    "release": ReleaseEntry,
+}
+EntryType = TypeVar("EntryType", bound=Document)
+
+
+def new_identifier() -> str:
+    """A fresh ledger id: 16 random bytes in hex."""
+    return secrets.token_hex(16)
+
+
+def first_line(identifier: str, name: str) -> bytes:
+    """The bytes of a fresh ledger."""
+    head = LedgerHead(event="ledger", format="dtl/v1", ledger=identifier, name=name)
+    return _line(head.plain(), b"")
+
+
+def _line(plain: dict[str, Any], previous: bytes) -> bytes:
+    link = hash_fields("dtl/v1/ledger", previous).hex()
+    return canonical_json.dumps(plain | {_PREVIOUS: link}) + b"\n"
+
+
+def read_entries(data: bytes, what: str) -> list[Document]:
+    """The entries of a ledger's whole lines, its head first.
+
+    Raises VerificationError for a damaged line or a broken chain.
+    """
+    entries: list[Document] = []
+    previous = b""
+    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(keepends=True), 1):
+        place = f"{what}: line {number}"
+        try:
+            plain = canonical_json.loads(line[:-1], place)
+            link = plain.pop(_PREVIOUS)
+            kind = LedgerHead if number == 1 else _ENTRIES[plain["event"]]
+            entries.append(kind.check(plain, place))
+        except (FormatError, AttributeError, KeyError, TypeError):
+            raise VerificationError(f"{place}: damaged") from None
+        if link != hash_fields("dtl/v1/ledger", previous).hex():
+            raise VerificationError(f"{place}: the chain is broken; lines were changed or removed")
+        previous = line
+    return entries
+
+
+class Ledger:
+    """The ledger beside a key, locked for as long as it is open.
+
+    Commands on one ledger wait for each other. Raises NotAllowedError when the ledger is
+    missing, VerificationError when it is not the pinned one or its chain is broken.
+    """
+
+    def __init__(self, key: Key) -> None:
+        self.path = key.ledger_path
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            raise NotAllowedError(
+                f"{self.path}: the ledger is missing",
+                f"a key is used only with its ledger; put it back beside {key.path}",
+            ) from None
+        except OSError:
+            with machine_errors(self.path):
+                raise
+            raise
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            self._read(key)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, key: Key) -> None:
+        with machine_errors(self.path):
+            size = os.fstat(self._descriptor).st_size
+            data = b""
+            while len(data) < size and (part := os.pread(self._descriptor, size, len(data))):
+                data += part
+        whole = data[: data.rfind(b"\n") + 1]
+        self._size = len(whole)
+        self._last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
+        self.entries = read_entries(whole, str(self.path))
+        head = self.entries.pop(0) if self.entries else None
+        if not isinstance(head, LedgerHead) or (head.ledger, head.name) != (
+            key.pins.ledger,
+            key.name,
+        ):
+            raise VerificationError(f"{self.path}: not the ledger that {key.path} pins")
+
+    def find(self, kind: type[EntryType], **fields: object) -> list[EntryType]:
+        """Entries of a kind whose fields have these values, oldest first."""
+        return [
+            entry
+            for entry in self.entries
+            if isinstance(entry, kind)
+            and all(getattr(entry, name) == value for name, value in fields.items())
+        ]
+
+    def append(self, entry: Document) -> None:
+        """Add an entry; it is on disk when this returns."""
+        line = _line(entry.plain(), self._last)
+        with machine_errors(self.path):
+            try:
+                os.ftruncate(self._descriptor, self._size)  # a torn last line, if any
+                done = 0
+                while done < len(line):
+                    done += os.pwrite(self._descriptor, line[done:], self._size + done)
+                os.fsync(self._descriptor)
+            except OSError:
+                # Not durable: take it back, so that the ledger says only what is so.
+                os.ftruncate(self._descriptor, self._size)
+                raise
+        self._size += len(line)
+        self._last = line
+        self.entries.append(entry)
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -1,0 +1,495 @@
+"""Plain tensors: gradients, weights and shards as .safetensors or .npz, read piece by piece.
+
+Any framework's arrays will do: named, of dtype float16, bfloat16, float32 or float64. dtl
+adds metadata of its own (`PlainMetadata`) where it knows the round and the base: in
+.safetensors under the key `dtl`, in .npz as an array `__dtl__`.
+"""
+
+import hashlib
+import struct
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Literal, Protocol
+
+import numpy as np
+from dtl.core.crypto.primitives import fields, u32
+from dtl.core.encoding.fixed_point import Reals
+from dtl.core.errors import FormatError, NumericError, UsageError, VerificationError
+from dtl.core.files import canonical_json
+from dtl.core.files.atomic import AtomicOutput, machine_errors
+from dtl.core.files.headers import Layout, TensorSpec, check_layout
+from dtl.core.files.safetensors import SafetensorsFile, build_header
+from dtl.core.files.schema import FORMAT, Digest, Document, Round
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+SUFFIXES = (".safetensors", ".npz")
+METADATA_KEY, METADATA_ARRAY = "dtl", "__dtl__"
+READ_VALUES = 1 << 18
+MAX_METADATA_BYTES = 1 << 16
+_BF16 = "BF16"
+_NUMPY = {"F16": "<f2", _BF16: "<u2", "F32": "<f4", "F64": "<f8"}
+_ITEM_BYTES = {name: np.dtype(text).itemsize for name, text in _NUMPY.items()}
+_ZIP_MAGIC = b"PK"
+
+
+class PlainMetadata(Document):
+    """What dtl writes into plain files, so that the next command needs no options.
+
+    `round` and `base` are those of the model that the file is, or is based on: an upload of
+    gradients names `base`. `opened` is the digest of the opened integers (of the initial
+    weights in round 0).
+    """
+
+    format: Literal["dtl/v1"]
+    kind: Literal["weights", "gradients", "sum"]
+    round: Round | Literal[0]
+    base: Digest | None
+    opened: Digest | None
+
+
+class TensorFile(Protocol):
+    """A plain file of tensors, open for reading."""
+
+    path: Path
+    layout: Layout
+    metadata: PlainMetadata | None
+
+    def pieces(self, spec: TensorSpec) -> Iterator[bytes]:
+        """The little-endian bytes of one tensor in C order, in whole values."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+def open_tensors(path: Path) -> TensorFile:
+    """Open a plain file of tensors, .safetensors or .npz by its content.
+
+    Raises UsageError when there is none, FormatError when it is malformed or holds
+    anything but floats.
+    """
+    with machine_errors(path), path.open("rb") as file:
+        magic = file.read(len(_ZIP_MAGIC))
+    return _NpzTensors(path) if magic == _ZIP_MAGIC else _SafetensorsTensors(path)
+
+
+def values(tensors: TensorFile) -> Iterator[Reals]:
+    """All values in packing order as float64, in pieces.
+
+    Raises NumericError that names the tensor and the index of a NaN or an infinity.
+    """
+    for spec in tensors.layout:
+        start = 0
+        for piece in tensors.pieces(spec):
+            reals = to_reals(piece, spec.dtype)
+            finite = np.isfinite(reals)
+            if not finite.all():
+                place = start + int(np.argmin(finite))
+                index = list(map(int, np.unravel_index(place, spec.shape)))
+                raise NumericError(f"{tensors.path}: tensor {spec.name!r} at {index}: not finite")
+            start += reals.size
+            yield reals
+
+
+def in_batches(pieces: Iterator[Reals], size: int) -> Iterator[Reals]:
+    """Cut pieces of any length anew: all batches have `size` values but the last."""
+    held: list[Reals] = []
+    count = 0
+    for piece in pieces:
+        held.append(piece)
+        count += piece.size
+        if count >= size:
+            joined = np.concatenate(held)
+            whole = count // size * size
+            yield from joined[:whole].reshape(-1, size)
+            held, count = [joined[whole:]], count - whole
+    if count:
+        yield np.concatenate(held)
+
+
+def initial_digest(tensors: TensorFile) -> str:
+    """V0 = H(fields("dtl/v1/initial", layout, tensor bytes in packing order)), in hex."""
+    total = sum(spec.values * item_bytes(spec.dtype) for spec in tensors.layout)
+    pieces = (piece for spec in tensors.layout for piece in tensors.pieces(spec))
+    return _initial_hash(tensors.layout, total, pieces)
+
+
+def _initial_hash(layout: Layout, length: int, pieces: Iterable[bytes]) -> str:
+    state = hashlib.sha512(fields("dtl/v1/initial", encode_layout(layout)))
+    state.update(u32(_length32(length)))
+    for piece in pieces:
+        state.update(piece)
+    return state.hexdigest()
+
+
+def weights_metadata(tensors: TensorFile) -> PlainMetadata:
+    """What a file of weights says of itself; one without dtl metadata counts as initial weights.
+
+    Raises FormatError for a file that is not weights, VerificationError when it calls itself
+    initial weights and its content is not what its metadata names.
+    """
+    known = tensors.metadata
+    if known is not None and known.kind != "weights":
+        raise FormatError(f"{tensors.path}: expected weights, found {known.kind}")
+    if known is not None and known.round:
+        return known
+    digest = initial_digest(tensors)
+    if known is not None and (known.base, known.opened) != (digest, digest):
+        raise VerificationError(
+            f"{tensors.path}: the weights are not those that its metadata names",
+            "they were changed after init-model; write them without dtl metadata to start anew",
+        )
+    return PlainMetadata(format=FORMAT, kind="weights", round=0, base=digest, opened=digest)
+
+
+def checked_initial_digest(tensors: TensorFile) -> str:
+    """V0 of a file that must be initial weights; errors as `weights_metadata`."""
+    known = weights_metadata(tensors)
+    if known.round or known.base is None:
+        raise FormatError(f"{tensors.path}: expected initial weights, found an opened model")
+    return known.base
+
+
+def make_initial_digest(arrays: dict[str, NDArray[np.float64]], dtype: str) -> str:
+    """V0 of weights before they are written, all in one dtype."""
+    layout = make_layout(arrays, dtype)
+    data = b"".join(from_reals(arrays[spec.name].ravel(), dtype) for spec in layout)
+    return _initial_hash(layout, len(data), [data])
+
+
+class VectorDigest:
+    """V = H(fields("dtl/v1/vector", layout, integers as little-endian i64)), piece by piece."""
+
+    def __init__(self, layout: Layout, count: int) -> None:
+        self._state = hashlib.sha512(fields("dtl/v1/vector", encode_layout(layout)))
+        self._state.update(u32(_length32(8 * count)))
+
+    def update(self, integers: NDArray[np.int64]) -> None:
+        """Add integers."""
+        self._state.update(integers.astype("<i8").tobytes())
+
+    def hexdigest(self) -> str:
+        """The digest in hex."""
+        return self._state.hexdigest()
+
+
+def _length32(length: int) -> int:
+    """A length as it stands in `fields`.
+
+    The encoding's u32 cannot hold 4 GiB and more; there it is the length modulo 2^32, which
+    stays unambiguous because the layout before it fixes the true length.
+    """
+    return length % (1 << 32)
+
+
+def encode_layout(layout: Layout) -> bytes:
+    """A layout as canonical JSON."""
+    return canonical_json.dumps([spec.plain() for spec in layout])
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one value."""
+    return _ITEM_BYTES[dtype]
+
+
+def to_reals(data: bytes, dtype: str) -> Reals:
+    """Little-endian bytes as float64; exact."""
+    if dtype == _BF16:
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
+    return np.frombuffer(data, _NUMPY[dtype]).astype(np.float64)
+
+
+def from_reals(reals: Reals, dtype: str) -> bytes:
+    """float64 as little-endian bytes of a dtype, rounded to nearest (bfloat16 by float32)."""
+    if dtype != _BF16:
+        data: bytes = reals.astype(_NUMPY[dtype]).tobytes()
+        return data
+    # bfloat16 is the upper half of float32; the carry of the rounding runs upwards.
+    wide = reals.astype("<f4").view("<u4")
+    rounded: NDArray[np.uint16] = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype("<u2")
+    return rounded.tobytes()
+
+
+class _SafetensorsTensors:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = SafetensorsFile(path)
+        try:
+            text = self._file.metadata.get(METADATA_KEY)
+            self.metadata = _read_metadata(text, path)
+            specs = [(t.name, t.shape, t.dtype) for t in self._file.tensors.values()]
+            self.layout = _make_layout(specs, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def pieces(self, spec: TensorSpec) -> Iterator[bytes]:
+        info = self._file.tensors[spec.name]
+        step = READ_VALUES * item_bytes(spec.dtype)
+        for start in range(0, info.length, step):
+            yield self._file.read(info.start + start, min(step, info.length - start))
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _NpzTensors:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with machine_errors(path):
+                self._zip = zipfile.ZipFile(path)
+        except (zipfile.BadZipFile, NotImplementedError, ValueError):
+            raise FormatError(f"{path}: expected an .npz file, found a damaged one") from None
+        try:
+            self._read()
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self) -> None:
+        names = [name.removesuffix(".npy") for name in self._zip.namelist()]
+        if len(set(names)) != len(names):
+            raise FormatError(f"{self.path}: two arrays have one name")
+        self.metadata = None
+        self._fortran = set()
+        specs = []
+        for name in names:
+            with self._member(name) as member:
+                shape, fortran, dtype = self._array_header(member, name)
+                if name == METADATA_ARRAY:
+                    self.metadata = self._metadata(member, shape, dtype)
+                else:
+                    specs.append((name, shape, _dtype_name(dtype)))
+                    if fortran:
+                        self._fortran.add(name)
+        self.layout = _make_layout(specs, self.path)
+
+    def _metadata(
+        self, member: IO[bytes], shape: tuple[int, ...], dtype: np.dtype[np.generic]
+    ) -> PlainMetadata | None:
+        if shape != () or dtype.kind != "U" or dtype.itemsize > MAX_METADATA_BYTES:
+            raise FormatError(f"{self.path}: {METADATA_ARRAY}: expected one text")
+        data = self._take(member, dtype.itemsize, METADATA_ARRAY)
+        return _read_metadata(str(np.frombuffer(data, dtype)[0]), self.path)
+
+    def _member(self, name: str) -> IO[bytes]:
+        try:
+            return self._zip.open(f"{name}.npy")
+        except (KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError):
+            raise FormatError(f"{self.path}: array {name!r} cannot be read") from None
+
+    def _array_header(
+        self, member: IO[bytes], name: str
+    ) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
+        try:
+            version = npy.read_magic(member)
+            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+            return read(member)
+        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, OSError):
+            raise FormatError(f"{self.path}: array {name!r} is malformed") from None
+
+    def _take(self, member: IO[bytes], length: int, name: str) -> bytes:
+        parts = []
+        try:
+            while length > 0 and (part := member.read(length)):
+                parts.append(part)
+                length -= len(part)
+        except (EOFError, zipfile.BadZipFile, zlib.error, OSError):
+            raise FormatError(f"{self.path}: array {name!r} is damaged") from None
+        if length:
+            raise FormatError(f"{self.path}: array {name!r} ends too early")
+        return b"".join(parts)
+
+    def pieces(self, spec: TensorSpec) -> Iterator[bytes]:
+        width = item_bytes(spec.dtype)
+        with self._member(spec.name) as member:
+            self._array_header(member, spec.name)
+            if spec.name in self._fortran:  # needs the whole tensor to be turned
+                data = np.frombuffer(
+                    self._take(member, spec.values * width, spec.name), f"V{width}"
+                )
+                data = np.ascontiguousarray(data.reshape(spec.shape[::-1]).T)
+                yield data.tobytes()
+            else:
+                for start in range(0, spec.values, READ_VALUES):
+                    count = min(READ_VALUES, spec.values - start)
+                    yield self._take(member, count * width, spec.name)
+            if member.read(1):
+                raise FormatError(f"{self.path}: array {spec.name!r} is too long")
+
+    def close(self) -> None:
+        self._zip.close()
+
+
+def _dtype_name(dtype: np.dtype[np.generic]) -> str:
+    if dtype.str == "|V2":  # how numpy stores the bfloat16 of ml_dtypes
+        return _BF16
+    known = {text: name for name, text in _NUMPY.items() if name != _BF16}
+    return known.get(dtype.str, str(dtype))
+
+
+def _make_layout(specs: Sequence[tuple[str, tuple[int, ...], str]], path: Path) -> Layout:
+    for name, _, dtype in specs:
+        if dtype not in _NUMPY:
+            raise FormatError(
+                f"{path}: tensor {name!r}: expected float16, bfloat16, float32 or float64 "
+                f"(little-endian), found {dtype}"
+            )
+    ordered = sorted(specs, key=lambda item: item[0].encode("utf-8", "surrogatepass"))
+    layout = tuple(
+        TensorSpec.check({"name": name, "shape": list(shape), "dtype": dtype}, f"{path}: {name!r}")
+        for name, shape, dtype in ordered
+    )
+    check_layout(layout, str(path))
+    return layout
+
+
+def _read_metadata(text: str | None, path: Path) -> PlainMetadata | None:
+    if text is None:
+        return None
+    return PlainMetadata.decode(text.encode("utf-8", "surrogatepass"), f"{path}: metadata")
+
+
+# --- writing ---------------------------------------------------------------------------------
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UsageError unless the name ends in .safetensors or .npz."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: expected a name that ends in .safetensors or .npz")
+
+
+class TensorWriter:
+    """Writes tensors in packing order, values as they come, into a file of either format.
+
+    The metadata may be known only at the end: `finish` takes it, and `draft` gives its length.
+    """
+
+    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
+        sink = _NpzSink if output.path.suffix == ".npz" else _SafetensorsSink
+        self._sink: _NpzSink | _SafetensorsSink = sink(output, layout, draft)
+        self._todo = [(spec, spec.values) for spec in layout]
+
+    def write(self, reals: Reals) -> None:
+        """Append values."""
+        while reals.size:
+            spec, left = self._todo[0]
+            part, reals = reals[:left], reals[left:]
+            if part.size:
+                self._sink.write(spec, from_reals(part, spec.dtype))
+            self._todo[0] = (spec, left - part.size)
+            if left == part.size:
+                self._todo.pop(0)
+
+    def finish(self, metadata: PlainMetadata | None) -> None:
+        """Complete the file."""
+        if any(left for _, left in self._todo):
+            raise ValueError("values are missing")
+        self._sink.finish(metadata)
+
+
+class _SafetensorsSink:
+    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
+        self._output = output
+        # Wide dtypes first, as the reference writer does, so that every tensor is aligned.
+        ordered = sorted(layout, key=lambda spec: -item_bytes(spec.dtype))
+        self._tensors = [(spec.name, spec.dtype, spec.shape) for spec in ordered]
+        self._place = {}
+        start = len(self._header(draft))
+        for spec in ordered:
+            self._place[spec.name] = start
+            start += spec.values * item_bytes(spec.dtype)
+
+    def _header(self, metadata: PlainMetadata | None) -> bytes:
+        texts = {METADATA_KEY: metadata.encode().decode()} if metadata else {}
+        return build_header(texts, self._tensors)
+
+    def write(self, spec: TensorSpec, data: bytes) -> None:
+        self._output.write_at(data, self._place[spec.name])
+        self._place[spec.name] += len(data)
+
+    def finish(self, metadata: PlainMetadata | None) -> None:
+        self._output.write_at(self._header(metadata), 0)
+
+
+class _NpzSink:
+    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
+        self._file = output.stream()
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._member: IO[bytes] | None = None
+        self._member_name = ""
+        self._empty = [spec for spec in layout if not spec.values]
+
+    def write(self, spec: TensorSpec, data: bytes) -> None:
+        self._member_of(spec).write(data)
+
+    def _member_of(self, spec: TensorSpec) -> IO[bytes]:
+        if self._member is not None and self._member_name == spec.name:
+            return self._member
+        self._close_member()
+        self._member = self._zip.open(zipfile.ZipInfo(f"{spec.name}.npy"), "w", force_zip64=True)
+        self._member_name = spec.name
+        descr = "|V2" if spec.dtype == _BF16 else _NUMPY[spec.dtype]
+        header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
+        npy.write_array_header_1_0(self._member, header)
+        return self._member
+
+    def _close_member(self) -> None:
+        if self._member is not None:
+            self._member.close()
+            self._member = None
+
+    def finish(self, metadata: PlainMetadata | None) -> None:
+        for spec in self._empty:
+            self._member_of(spec)
+        self._close_member()
+        if metadata:
+            text = np.array(metadata.encode().decode())
+            with self._zip.open(zipfile.ZipInfo(f"{METADATA_ARRAY}.npy"), "w") as member:
+                npy.write_array(member, text, allow_pickle=False)
+        self._zip.close()
+        self._file.close()
+
+
+def read_arrays(path: Path) -> tuple[dict[str, NDArray[np.float64]], PlainMetadata | None]:
+    """Read a whole plain file into arrays of float64 (for models that fit into memory)."""
+    tensors = open_tensors(path)
+    try:
+        flat = np.concatenate(list(values(tensors)))
+        arrays, start = {}, 0
+        for spec in tensors.layout:
+            arrays[spec.name] = flat[start : start + spec.values].reshape(spec.shape)
+            start += spec.values
+        return arrays, tensors.metadata
+    finally:
+        tensors.close()
+
+
+def make_layout(arrays: dict[str, NDArray[np.float64]], dtype: str) -> Layout:
+    """The layout of arrays that are to be written in one dtype."""
+    return _make_layout(
+        [(name, array.shape, dtype) for name, array in arrays.items()], Path("arrays")
+    )
+
+
+def write_arrays(
+    path: Path,
+    arrays: dict[str, NDArray[np.float64]],
+    dtype: str,
+    metadata: PlainMetadata | None,
+    force: bool = False,
+) -> None:
+    """Write arrays to a plain file, all in one dtype."""
+    check_suffix(path)
+    layout = make_layout(arrays, dtype)
+    with AtomicOutput(path, force) as output:
+        writer = TensorWriter(output, layout, metadata)
+        for spec in layout:
+            writer.write(arrays[spec.name].ravel())
+        writer.finish(metadata)
+        output.commit()

@@ -1,0 +1,80 @@
+"""One map over chunks: in this process, or in several through joblib, with progress.
+
+The one place that decides where work runs. Work is a module-level function of small
+arguments; results come back in the order of the tasks, a few at a time, so memory does
+not grow with their number.
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+from dtl.core.progress import ProgressCallback, silent
+
+Result = TypeVar("Result")
+
+SERIAL_TASKS = 8  # fewer tasks than this usually end before a pool of processes has started
+
+
+def default_workers() -> int:
+    """The cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Work:
+    """How long work is done: on how many cores (None: all), and whom it tells of progress."""
+
+    workers: int | None = None
+    progress: ProgressCallback = silent
+
+    def map(
+        self,
+        step: str,
+        function: Callable[..., Result],
+        tasks: Iterable[tuple[object, ...]],
+        total: int,
+        serial_below: int = SERIAL_TASKS,
+    ) -> Iterator[Result]:
+        """Yield function(*task) for all `total` tasks, in order; `step` names the work.
+
+        `tasks` may be a generator; it is consumed only as fast as results are taken. Fewer
+        than `serial_below` tasks run in this process. An exception of the function is raised
+        here.
+        """
+        workers = self.workers or default_workers()
+        few = total < serial_below
+        results = (
+            (function(*task) for task in tasks)
+            if workers == 1 or few
+            else _pool(function, tasks, workers)
+        )
+        self.progress(step, 0, total)
+        for done, result in enumerate(results, 1):
+            self.progress(step, done, total)
+            yield result
+
+
+DEFAULT_WORK = Work()
+"""All cores, silently."""
+
+
+def _pool(
+    function: Callable[..., Result],
+    tasks: Iterable[tuple[object, ...]],
+    workers: int,
+) -> Iterator[Result]:
+    from joblib import Parallel, delayed  # noqa: PLC0415  (slow to import)
+
+    pool = Parallel(
+        n_jobs=workers,
+        return_as="generator",
+        batch_size=1,
+        # joblib would write large arguments to a temporary file for its workers to map;
+        # they may be plaintext, which must never touch the disk.
+        max_nbytes=None,
+    )
+    yield from pool(delayed(function)(*task) for task in tasks)

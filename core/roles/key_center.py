@@ -1,0 +1,182 @@
+"""The key generation center: makes the job, hands out the keys, and can open anything."""
+
+import logging
+import secrets
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import count, repeat
+from pathlib import Path
+
+from dtl.core.crypto import primitives
+from dtl.core.crypto.group import (
+    StrongTrapdoor,
+    check_modulus_bits,
+    choose_trapdoor,
+    exponent_bits,
+    generate_public_key,
+    security_of,
+)
+from dtl.core.crypto.primes import search_safe_prime
+from dtl.core.encoding.fixed_point import FixedPoint
+from dtl.core.encoding.packing import Packing
+from dtl.core.errors import UsageError
+from dtl.core.files import canonical_json, documents, ledger
+from dtl.core.files.atomic import PRIVATE_MODE, AtomicFolder, check_new_folder, write_file
+from dtl.core.files.documents import KGC, SERVER, Job, Pins, Secrets
+from dtl.core.files.schema import FORMAT
+from dtl.core.parallel import DEFAULT_WORK, Work, default_workers
+
+logger = logging.getLogger("dtl")
+
+DEFAULT_MIN_CONTRIBUTORS = 3
+MIN_CONTRIBUTORS = 2
+_POOL_FROM_BITS = 1024  # smaller primes are found before worker processes have started
+
+
+@dataclass(frozen=True)
+class JobOptions:
+    """What the consortium agreed on."""
+
+    participants: Sequence[str]
+    modulus_bits: int
+    slot_bits: int
+    fraction_bits: int
+    min_contributors: int
+    masks: bool
+    insecure: bool = False
+    keep_master: bool = True
+
+    def check(self) -> None:
+        """Raise UsageError for parameters that cannot work together."""
+        names = list(self.participants)
+        if not names:
+            raise UsageError("no participants named")
+        for name in names:
+            if not documents.valid_name(name) or name in (SERVER, KGC):
+                raise UsageError(
+                    f"participant {name!r}: not a name that can be used",
+                    "names match [a-z0-9][a-z0-9._-]{0,63}; server and kgc are taken",
+                )
+        if len(set(names)) != len(names):
+            raise UsageError("a participant is named twice")
+        if not MIN_CONTRIBUTORS <= self.min_contributors <= len(names):
+            raise UsageError(
+                f"min contributors: expected {MIN_CONTRIBUTORS} to {len(names)} "
+                f"(the participants), found {self.min_contributors}"
+            )
+        check_modulus_bits(self.modulus_bits, self.insecure)
+        FixedPoint(self.slot_bits, self.fraction_bits, len(names))
+        Packing(1 << (self.modulus_bits - 1), self.slot_bits)
+
+
+def generate_job(
+    folder: Path,
+    options: JobOptions,
+    passphrase: bytes | None = None,
+    work: Work = DEFAULT_WORK,
+) -> Job:
+    """Make a job: `job.json`, `kgc.key`, and a key and a ledger for the server and everyone.
+
+    The folder must not exist, or be empty; it appears complete or not at all.
+    Protocol, sections 2 and 3.
+    """
+    options.check()
+    if passphrase is None:
+        logger.warning("the key files are written in clear; --passphrase-file boxes them")
+    check_new_folder(folder)
+    trapdoor = choose_trapdoor(_safe_primes(options.modulus_bits, work))
+    job, center, holders = _make_documents(options, trapdoor)
+
+    with AtomicFolder(folder) as staging:
+        for name, held in ({KGC: center} | holders).items():
+            if name == KGC and not options.keep_master:
+                continue
+            identifier = None if name == KGC else ledger.new_identifier()
+            pins = Pins(
+                format=FORMAT, name=name, job=job.digest, kgc=job.kgc.sign, ledger=identifier
+            )
+            data = documents.encode_key(pins, held, passphrase)
+            write_file(staging.temporary / f"{name}.key", data, mode=PRIVATE_MODE)
+            if identifier is not None:
+                line = ledger.first_line(identifier, name)
+                write_file(staging.temporary / f"{name}.ledger", line, mode=PRIVATE_MODE)
+        write_file(staging.temporary / "job.json", job.encode())
+        staging.commit()
+    return job
+
+
+def _safe_primes(modulus_bits: int, work: Work) -> Iterator[int]:
+    """Safe primes of half the modulus size, as many as are asked for, found on all cores."""
+    workers = 1 if modulus_bits < _POOL_FROM_BITS else work.workers or default_workers()
+    batch = 2 * workers  # windows at a time: enough to keep every core busy, few to waste
+    for tried in count(0, batch):
+        work.progress("search safe primes, windows", tried, None)
+        tasks = repeat((modulus_bits // 2,), batch)
+        windows = Work(workers).map("", search_safe_prime, tasks, batch, serial_below=0)
+        yield from [prime for prime in windows if prime is not None]
+
+
+def _make_documents(
+    options: JobOptions, trapdoor: StrongTrapdoor
+) -> tuple[Job, documents.KgcSecrets, dict[str, Secrets]]:
+    job_id = secrets.token_bytes(16)
+    ell = exponent_bits(options.modulus_bits)
+    center = documents.KgcSecrets(
+        p=trapdoor.p,
+        q=trapdoor.q,
+        server_seed=_fresh(),
+        participant_seed=_fresh(),
+        mask_root=_fresh(),
+        sign=_fresh(),
+    )
+    server = documents.ServerSecrets(server_seed=center.server_seed, sign=_fresh())
+    names = sorted(options.participants)
+    held: dict[str, documents.ParticipantSecrets] = {
+        name: documents.ParticipantSecrets(
+            participant_seed=center.participant_seed,
+            mask_seeds={},
+            sign=_fresh(),
+            hpke=primitives.hpke_generate(),
+        )
+        for name in names
+    }
+    public = generate_public_key(
+        trapdoor,
+        documents.server_half(center.server_seed, job_id, ell),
+        documents.participant_half(center.participant_seed, job_id, ell),
+    )
+    unsigned = {
+        "format": FORMAT,
+        "id": job_id.hex(),
+        "security": security_of(options.modulus_bits),
+        "N": f"{public.n:x}",
+        "g": f"{public.g:x}",
+        "h": [f"{value:x}" for value in public.h],
+        "slot_bits": options.slot_bits,
+        "fraction_bits": options.fraction_bits,
+        "min_contributors": options.min_contributors,
+        "masks": options.masks,
+        "kem": primitives.KEM_NAME,
+        "server": _public(server.sign),
+        "participants": [
+            {"name": name}
+            | _public(key.sign)
+            | {"hpke": primitives.encode_base64(primitives.hpke_public_key(key.hpke))}
+            for name, key in held.items()
+        ],
+        "kgc": _public(center.sign),
+    }
+    digest = bytes.fromhex(documents.job_digest(unsigned))
+    signature = primitives.sign(center.sign, "job", digest)
+    plain = unsigned | {"signature": primitives.encode_base64(signature)}
+    job = Job.decode(canonical_json.dumps(plain), "job.json")
+    return job, center, {SERVER: server, **held}
+
+
+def _fresh() -> bytes:
+    """A fresh seed or signing secret."""
+    return secrets.token_bytes(primitives.KEY_BYTES)
+
+
+def _public(signing_secret: bytes) -> dict[str, str]:
+    return {"sign": primitives.encode_base64(primitives.signing_public_key(signing_secret))}

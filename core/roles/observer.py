@@ -1,0 +1,185 @@
+"""Anyone: says what a file is, from the file and the public job alone; never a secret."""
+
+from pathlib import Path
+from typing import Any
+
+from dtl.core.errors import DtlError, FormatError, VerificationError
+from dtl.core.files import canonical_json, documents, ledger, tensors
+from dtl.core.files.atomic import machine_errors, read_file
+from dtl.core.files.container import HEADER_KEY, SIGNATURE_KEY, Container
+from dtl.core.files.documents import SERVER, Job
+from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
+from dtl.core.files.safetensors import SafetensorsFile
+from dtl.core.files.shards import is_shard, load_shard
+from dtl.core.progress import ProgressCallback, silent
+
+Description = dict[str, Any]
+_ZIP_MAGIC = b"PK"
+_JSON_START = b"{"
+
+
+def inspect(path: Path, job: Job | None, progress: ProgressCallback = silent) -> Description:
+    """Describe any file of dtl's: what it is, whom it belongs to, what it says of itself.
+
+    With `job`, a bulk file's signature is checked as well. Raises UsageError when there is
+    no file, FormatError when it is none of dtl's, VerificationError for a bad signature.
+    """
+    with machine_errors(path), path.open("rb") as file:
+        start = file.read(9)
+    if start.startswith(_JSON_START):
+        return _document(path)
+    if start.startswith(_ZIP_MAGIC):
+        return _plain(path)
+    with SafetensorsFile(path) as opened:
+        bulk = {HEADER_KEY, SIGNATURE_KEY} <= set(opened.metadata)
+    return _bulk(path, job, progress) if bulk else _plain(path)
+
+
+def _document(path: Path) -> Description:
+    data = read_file(path, documents.MAX_DOCUMENT_BYTES)
+    if data.count(b"\n"):
+        return _ledger(path, data)
+    parsed = canonical_json.loads(data, str(path))
+    if isinstance(parsed, dict) and "participants" in parsed:
+        return _job(Job.load(path))
+    pins, rest = documents.split_key(data, str(path))
+    return {
+        "file": "key (secret)",
+        "owner": pins.name,
+        "job": pins.job,
+        "ledger": pins.ledger or "none",
+        "passphrase": "boxed" if documents.is_boxed(rest) else "none: the file is in clear",
+    }
+
+
+def _job(job: Job) -> Description:
+    return {
+        "file": "job",
+        "id": job.id,
+        "job": job.digest,
+        "security": job.security,
+        "modulus_bits": job.public_key.modulus_bits,
+        "slot_bits": job.slot_bits,
+        "fraction_bits": job.fraction_bits,
+        "slots_per_block": job.packing.slots,
+        "largest_contribution": job.fixed_point.max_step / job.fixed_point.one,
+        "largest_weight": job.fixed_point.max_value / job.fixed_point.one,
+        "masks": job.masks,
+        "min_contributors": job.min_contributors,
+        "participants": list(job.names),
+        "roster": job.roster_digest,
+        "signature": "valid; by the center that the file itself names",
+    }
+
+
+def _ledger(path: Path, data: bytes) -> Description:
+    entries = ledger.read_entries(data, str(path))
+    head = entries[0]
+    if not isinstance(head, ledger.LedgerHead):
+        raise VerificationError(f"{path}: line 1: expected the head of a ledger")
+    counts: dict[str, int] = {}
+    for entry in entries[1:]:
+        event = str(entry.plain()["event"])
+        counts[event] = counts.get(event, 0) + 1
+    return {
+        "file": "ledger",
+        "owner": head.name,
+        "ledger": head.ledger,
+        "chain": "intact",
+        "entries": counts,
+    }
+
+
+def _plain(path: Path) -> Description:
+    if path.suffix == ".npz" and is_shard(path):
+        shard = load_shard(path)
+        return {
+            "file": "shard",
+            "samples": len(shard.x),
+            "features": shard.x.shape[1],
+            "classes": list(map(str, shard.classes)),
+        }
+    source = tensors.open_tensors(path)
+    try:
+        known = source.metadata
+        described: Description = {
+            "file": f"plain {known.kind}" if known else "plain tensors",
+            "values": sum(spec.values for spec in source.layout),
+            "tensors": {spec.name: f"{spec.dtype} {list(spec.shape)}" for spec in source.layout},
+        }
+        if known:
+            described |= {"round": known.round, "base": known.base, "opened": known.opened}
+        return described
+    finally:
+        source.close()
+
+
+def _bulk(path: Path, job: Job | None, progress: ProgressCallback) -> Description:
+    with Container(path) as container:
+        header = read_header(container, ("upload", "sum", "model", "release"), None)
+        digest = container.digest(progress)
+        described: Description = {
+            "file": header.kind,
+            "digest": digest.hex(),
+            "job": header.job,
+            "signer": header.signer,
+            "created": header.created,
+            "round": header.round,
+        }
+        match header:
+            case UploadHeader():
+                described |= {"base": header.base, "masked": header.masked}
+                described |= _vector(header)
+            case ResultHeader():
+                described |= _result(header)
+            case ReleaseHeader():
+                described |= {
+                    "of": header.of,
+                    "may_open": list(header.names),
+                    "admitted": list(header.admitted),
+                    "manifest": _result(header.manifest),
+                }
+        described["signature"] = _signature(container, header.signer, header.kind, job)
+    return described
+
+
+def _vector(header: UploadHeader | ResultHeader) -> Description:
+    layout = {spec.name: f"{spec.dtype} {list(spec.shape)}" for spec in header.layout}
+    return {"values": header.values, "tensors": layout}
+
+
+def _result(header: ResultHeader) -> Description:
+    return {
+        "parent": header.parent,
+        "initial": header.initial,
+        "contributors": list(header.names),
+        "missing": list(header.missing),
+        "contributions": header.contributions,
+        **_vector(header),
+    }
+
+
+def _signature(container: Container, signer: str, kind: str, job: Job | None) -> str:
+    if job is None:
+        return "not checked: no job file given or beside it"
+    if read_header(container, (kind,), None).job != job.digest:
+        return "not checked: the job file is another job's"
+    participant = job.participant(signer)
+    public = job.server.sign if signer == SERVER else participant.sign if participant else None
+    if public is None:
+        raise FormatError(f"{container.path}: {signer} is not in this job's roster")
+    container.verify(kind, public)
+    return f"valid: {signer} of job {job.id[:8]}"
+
+
+def job_beside(path: Path, job_path: Path | None) -> Job | None:
+    """The job to inspect a file with: the one named, or `job.json` in the same folder."""
+    if job_path is not None:
+        return Job.load(job_path)
+    beside = path.with_name("job.json")
+    if not beside.is_file() or beside == path:
+        return None
+    try:
+        return Job.load(beside)
+    except DtlError:
+        return None

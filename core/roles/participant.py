@@ -1,0 +1,440 @@
+"""A participant: encrypts its gradients, and opens what was released to it."""
+
+import hashlib
+import math
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from dtl.core.crypto import primitives, scheme
+from dtl.core.crypto.group import COMPONENTS, PublicKey
+from dtl.core.crypto.residues import Bytes
+from dtl.core.encoding.fixed_point import Integers, Rounding, headroom_exhausted
+from dtl.core.errors import (
+    FormatError,
+    NotAllowedError,
+    QuorumError,
+    UsageError,
+    VerificationError,
+)
+from dtl.core.files import sealed, tensors
+from dtl.core.files.atomic import AtomicOutput, check_output, finish
+from dtl.core.files.container import RESIDUES, SEALED, Container, ContainerWriter
+from dtl.core.files.documents import Job, Key, ParticipantSecrets
+from dtl.core.files.headers import (
+    ReleaseHeader,
+    ResultHeader,
+    UploadHeader,
+    now,
+    read_header,
+    same_shapes,
+)
+from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
+from dtl.core.files.schema import FORMAT
+from dtl.core.files.tensors import PlainMetadata, TensorFile, TensorWriter, VectorDigest
+from dtl.core.parallel import DEFAULT_WORK, Work
+from dtl.core.progress import ProgressCallback, silent
+
+ENCRYPT_GROUPS = 32  # groups a task
+OPEN_GROUPS = 16
+
+
+@dataclass(frozen=True)
+class UploadOptions:
+    """How gradients become a contribution: x = weight lr gradient, then rounding."""
+
+    rounding: Rounding
+    weight: float | None = None
+    lr: float = 1.0
+    round: int | None = None
+    model: Path | None = None
+    accept_differencing: bool = False
+
+
+@dataclass(frozen=True)
+class UploadReport:
+    """What `encrypt_gradients` did; `clamped` is None when an interrupted run was completed."""
+
+    header: UploadHeader
+    digest: str
+    clamped: int | None
+
+
+@dataclass(frozen=True)
+class Basis:
+    """What an upload is based on: the round it is for, the base, the opened vector's digest."""
+
+    round: int
+    base: str | None
+    opened: str | None
+
+
+def encrypt_gradients(
+    key: Key,
+    gradients: Path,
+    output: Path,
+    options: UploadOptions,
+    force: bool = False,
+    work: Work = DEFAULT_WORK,
+) -> UploadReport:
+    """Scale, round, clamp, pack, encrypt and sign gradients (protocol, section 8, step 1).
+
+    Raises NumericError for NaN or infinity, NotAllowedError for a second upload.
+    """
+    key.require("participant")
+    check_output(output, force)
+    job = key.job
+    scale = _scale(job, options)
+    source = tensors.open_tensors(gradients)
+    try:
+        basis = _basis(source, options)
+        header = UploadHeader(
+            format=FORMAT,
+            kind="upload",
+            job=job.digest,
+            signer=key.name,
+            created=now(),
+            round=basis.round,
+            layout=source.layout,
+            values=sum(spec.values for spec in source.layout),
+            base=basis.base,
+            roster=job.roster_digest,
+            masked=job.masks,
+        )
+        # A first pass finds bad input before the ledger is touched.
+        encoded = _Encoded(job, source, scale, options.rounding)
+        for _ in encoded.batches(work.progress):
+            pass
+        expected, clamped = encoded.digest, encoded.clamped
+        with Ledger(key) as ledger:
+            done = _check_only_upload(ledger, basis, options.accept_differencing)
+            if done is not None:
+                if not finish(output, bytes.fromhex(done), force):
+                    raise NotAllowedError(
+                        f"{key.name} has made an upload for round {basis.round} already",
+                        "send that same file again, or go on with the next round",
+                    )
+                return UploadReport(header, done, None)
+            with AtomicOutput(output, force) as file:
+                shape = job.residue_shape(header.values)
+                writer = ContainerWriter(file, header.encode(), {RESIDUES: shape})
+                for piece in _encrypted(job, encoded, shape[0], work):
+                    writer.write(RESIDUES, piece)
+                if encoded.digest != expected:
+                    raise FormatError(f"{gradients}: the file changed while it was read")
+                digest = writer.finish(header.kind, key.secrets.sign)
+                file.seal(digest)
+                ledger.append(
+                    UploadEntry(
+                        event="upload",
+                        round=basis.round,
+                        base=basis.base,
+                        opened=basis.opened,
+                        upload=digest.hex(),
+                    )
+                )
+                file.keep()
+                file.commit()
+    finally:
+        source.close()
+    return UploadReport(header, digest.hex(), clamped)
+
+
+def _scale(job: Job, options: UploadOptions) -> float:
+    weight = 1 / len(job.participants) if options.weight is None else options.weight
+    for name, value in (("weight", weight), ("lr", options.lr)):
+        if not (math.isfinite(value) and value > 0):
+            raise UsageError(f"--{name}: expected a positive number, found {value}")
+    return weight * options.lr
+
+
+def _basis(source: TensorFile, options: UploadOptions) -> Basis:
+    """The round and base of an upload, from the gradients' metadata, the model, and --round."""
+    known = source.metadata
+    if known is not None and known.kind != "gradients":
+        raise FormatError(f"{source.path}: expected gradients, found {known.kind}")
+    if options.model is not None:
+        model = tensors.open_tensors(options.model)
+        try:
+            named = tensors.weights_metadata(model)
+            if not same_shapes(source.layout, model.layout):
+                raise FormatError(f"{source.path}: its tensors are not those of {options.model}")
+        finally:
+            model.close()
+        if known is not None and known.base != named.base:
+            raise FormatError(f"{source.path}: based on another model than {options.model}")
+        known = named
+    if known is None or known.base is None:
+        if options.round is None:
+            raise UsageError(
+                f"{source.path}: does not say which round it is for",
+                "add --model M (what the gradients are based on), or --round N without one",
+            )
+        return Basis(_checked_round(options.round, 1), None, None)
+    first = known.round + 1
+    return Basis(_checked_round(options.round or first, first), known.base, known.opened)
+
+
+def _checked_round(number: int, least: int) -> int:
+    if not least <= number < 1 << 32:
+        raise UsageError(f"--round: expected at least {least}, found {number}")
+    return number
+
+
+class _Encoded:
+    """The gradients as integers, batch by batch; can be run through more than once."""
+
+    def __init__(self, job: Job, source: TensorFile, scale: float, rounding: Rounding) -> None:
+        self._job, self._source = job, source
+        self._scale, self._rounding = scale, rounding
+        self._total = sum(spec.values for spec in source.layout)
+        self.digest, self.clamped = b"", 0
+
+    def batches(self, progress: ProgressCallback = silent) -> Iterator[Integers]:
+        """Integers of ENCRYPT_GROUPS groups at a time; sets `digest` and `clamped`."""
+        fixed_point, state = self._job.fixed_point, hashlib.sha512()
+        size = ENCRYPT_GROUPS * COMPONENTS * self._job.packing.slots
+        start = self.clamped = 0
+        for reals in tensors.in_batches(tensors.values(self._source), size):
+            integers, clamped = fixed_point.encode_step(reals, self._scale, self._rounding, start)
+            start += integers.size
+            self.clamped += clamped
+            state.update(integers.tobytes())
+            progress("check gradients", start, self._total)
+            yield integers
+        self.digest = state.digest()
+
+
+def _encrypted(job: Job, encoded: _Encoded, groups: int, work: Work) -> Iterator[bytes]:
+    def tasks() -> Iterator[tuple[object, ...]]:
+        for integers in encoded.batches():
+            count = job.groups(integers.size)
+            blocks = job.packing.pack(integers, count * COMPONENTS).reshape(count, COMPONENTS, -1)
+            yield job.public_key, blocks, scheme.fresh_randomness(job.public_key, count), groups
+
+    total = -(-groups // ENCRYPT_GROUPS)
+    yield from work.map("encrypt", _encrypt_chunk, tasks(), total)
+
+
+def _encrypt_chunk(key: PublicKey, blocks: Bytes, randomness: Bytes, groups: int) -> bytes:
+    return scheme.encrypt(key, blocks, randomness, groups).tobytes()
+
+
+def _check_only_upload(ledger: Ledger, basis: Basis, accept_differencing: bool) -> str | None:
+    """The digest of the upload that was made for this round already, if any.
+
+    Raises NotAllowedError for a second upload on one base, VerificationError when the base
+    was opened with another content.
+    """
+    made = ledger.find(UploadEntry, round=basis.round)
+    if made:
+        return made[0].upload
+    if basis.base is None:
+        return None
+    for entry in ledger.find(OpenEntry, result=basis.base):
+        if entry.opened != basis.opened:
+            raise VerificationError("the model is not the one that was opened under this name")
+    if ledger.find(UploadEntry, base=basis.base) and not accept_differencing:
+        raise NotAllowedError(
+            "an upload on this base was made already, for another round",
+            "two uploads on one base can be subtracted from one another; "
+            "--accept-differencing repeats a void round all the same",
+        )
+    return None
+
+
+# --- open --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpenReport:
+    """What `open_release` did."""
+
+    header: ReleaseHeader
+    opened: str
+
+
+def open_release(
+    key: Key,
+    release: Path,
+    output: Path,
+    force: bool = False,
+    work: Work = DEFAULT_WORK,
+) -> OpenReport:
+    """Check a release, take this party's half off, and decode (protocol, section 8, step 4).
+
+    Raises NotAllowedError without a grant, VerificationError for anything tampered with or
+    contradicting this participant's ledger, NumericError when headroom is exhausted.
+    """
+    key.require("participant")
+    tensors.check_suffix(output)
+    check_output(output, force)
+    job = key.job
+    with Container(release) as container:
+        header = read_header(container, ("release",), job.digest)
+        if not isinstance(header, ReleaseHeader):
+            raise FormatError(f"{release}: expected a release")
+        shape = job.residue_shape(header.manifest.values)
+        length = shape[0] * job.group_bytes
+        container.require({SEALED: (primitives.sealed_length(length),)})
+        container.verify(header.kind, job.server.sign, work.progress)
+        _check_manifest(job, header, release)
+        with Ledger(key) as ledger:
+            _check_history(ledger, header, key.name, release)
+            core = sealed.release_core(header.manifest, header.names, shape, header.commit)
+            encryption_key = _unwrap(key, header, core, release)
+            # Nothing of the payload is used before all of it has been checked.
+            for _ in sealed.open_stream(container, encryption_key, core, length):
+                pass
+            payload = sealed.open_stream(container, encryption_key, core, length)
+            with AtomicOutput(output, force) as file:
+                opened = _decode(key, header, payload, file, release, work)
+                file.sync()
+                if not ledger.find(OpenEntry, result=header.of):
+                    ledger.append(
+                        OpenEntry(
+                            event="open",
+                            round=header.round,
+                            result=header.of,
+                            parent=header.manifest.parent,
+                            opened=opened,
+                        )
+                    )
+                file.commit()
+    return OpenReport(header, opened)
+
+
+def _check_manifest(job: Job, header: ReleaseHeader, release: Path) -> None:
+    manifest = header.manifest
+    everyone = set(manifest.names) | set(manifest.missing)
+    if everyone != set(job.names) or not set(manifest.contributions) <= everyone:
+        raise FormatError(f"{release}: its manifest is not about this job's roster")
+    strangers = set(header.names) - set(manifest.contributions) - set(header.admitted)
+    if strangers:
+        raise VerificationError(
+            f"{release}: granted to {', '.join(sorted(strangers))}, who never contributed"
+        )
+    if len(manifest.contributors) < job.min_contributors:
+        raise QuorumError(
+            f"{release}: expected at least {job.min_contributors} contributors, "
+            f"found {len(manifest.contributors)}"
+        )
+
+
+def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Path) -> None:
+    """Hold a release against what this participant has sent and seen."""
+    manifest = header.manifest
+    for seen in ledger.find(OpenEntry, round=header.round):
+        if seen.result != header.of:
+            raise VerificationError(
+                f"{release}: a second, different result of round {header.round}",
+                f"this participant has opened {seen.result[:16]}... for that round",
+            )
+    for sent in ledger.find(UploadEntry, round=header.round):
+        if manifest.upload_of(name) != sent.upload:
+            raise VerificationError(
+                f"{release}: the upload that {name} made for round {header.round} is not in it"
+            )
+        if sent.base != manifest.base:
+            raise VerificationError(f"{release}: not built on the model that {name} worked on")
+    for seen in ledger.find(OpenEntry):
+        if seen.result == manifest.parent and seen.round >= header.round:
+            raise VerificationError(f"{release}: its parent is of a later round")
+        if seen.parent == header.of and seen.round <= header.round:
+            raise VerificationError(f"{release}: its successor is of an earlier round")
+
+
+def _unwrap(key: Key, header: ReleaseHeader, core: bytes, release: Path) -> bytes:
+    grant = next((g for g in header.grants if g.participant == key.name), None)
+    own = key.job.participant(key.name)
+    if grant is None or own is None or not isinstance(key.secrets, ParticipantSecrets):
+        raise NotAllowedError(
+            f"{release}: not granted to {key.name}",
+            f"it can be opened by {', '.join(header.names)}",
+        )
+    info = sealed.grant_info(core, key.name, own.hpke, key.job.server.sign)
+    content_key = primitives.hpke_unwrap(key.secrets.hpke, grant.wrapped, info)
+    if len(content_key) != primitives.KEY_BYTES:
+        raise VerificationError(f"{release}: the content key has the wrong length")
+    encryption_key, commit = sealed.content_keys(content_key)
+    if not primitives.equal_secrets(commit, header.commit):
+        raise VerificationError(f"{release}: the content key is not the one committed to")
+    return encryption_key
+
+
+def _decode(
+    key: Key,
+    header: ReleaseHeader,
+    payload: Iterator[bytes],
+    file: AtomicOutput,
+    release: Path,
+    work: Work,
+) -> str:
+    """Open the payload into `file`; returns the digest V of the opened integers."""
+    job, manifest = key.job, header.manifest
+    fixed_point = job.fixed_point
+    model = manifest.kind == "model"
+    limit = fixed_point.max_value if model else fixed_point.max_sum
+    state = VectorDigest(manifest.layout, manifest.values)
+
+    def metadata(opened: str) -> PlainMetadata:
+        return PlainMetadata(
+            format=FORMAT,
+            kind="weights" if model else "sum",
+            round=header.round,
+            base=header.of,
+            opened=opened,
+        )
+
+    writer = TensorWriter(file, manifest.layout, metadata(secrets.token_hex(64)))
+    left = manifest.values
+    for blocks in _opened_blocks(key, payload, manifest, work):
+        count = min(left, len(blocks) * job.packing.slots)
+        try:
+            integers = job.packing.unpack(blocks, count)
+        except VerificationError as error:
+            raise VerificationError(f"{release}: {error.message}") from None
+        if (np.abs(integers) > limit).any():
+            raise headroom_exhausted(fixed_point, "a value of the result")
+        left -= count
+        state.update(integers)
+        writer.write(fixed_point.decode(integers))
+    opened = state.hexdigest()
+    writer.finish(metadata(opened))
+    return opened
+
+
+def _opened_blocks(
+    key: Key,
+    payload: Iterator[bytes],
+    manifest: ResultHeader,
+    work: Work,
+) -> Iterator[Bytes]:
+    """Blocks [7 G, block width], OPEN_GROUPS groups at a time."""
+    job = key.job
+    size = OPEN_GROUPS * job.group_bytes
+    half = key.half
+    tasks = ((job.public_key, half, piece) for piece in _cut(payload, size))
+    total = -(-job.groups(manifest.values) // OPEN_GROUPS)
+    yield from work.map("apply the own half", _open_chunk, tasks, total)
+
+
+def _open_chunk(key: PublicKey, half: tuple[int, ...], data: bytes) -> Bytes:
+    width = key.arithmetic.width
+    residues = np.frombuffer(data, np.uint8).reshape(-1, COMPONENTS + 1, width)
+    blocks = scheme.open_blocks(key, scheme.apply_half(key, residues, half))
+    return blocks.reshape(-1, blocks.shape[-1])
+
+
+def _cut(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
+    """Cut a stream of bytes anew: all pieces have `size` bytes but the last."""
+    held = bytearray()
+    for piece in pieces:
+        held += piece
+        while len(held) >= size:
+            yield bytes(held[:size])
+            del held[:size]
+    if held:
+        yield bytes(held)
