@@ -1,5 +1,6 @@
 """The root of the command line: the commands, and the one place where errors become exit codes."""
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -22,6 +23,8 @@ from dtl.cli import (
     terminal,
 )
 from dtl.core.errors import DtlError, UsageError
+
+DEBUG_VARIABLE = "DTL_DEBUG"
 
 KGC, PARTICIPANT, SERVER, ANYONE = (
     "Key generation center",
@@ -87,23 +90,35 @@ def run(arguments: list[str] | None = None) -> int:
         command = typer.main.get_command(app)
         result = command.main(args=arguments, prog_name="dtl", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except DtlError as error:
-        terminal.show_error(error)
-        return error.exit_code
     except typer.Exit as error:
         return error.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
-    except _ClickError as error:
-        terminal.show_error(_usage_error(error))
-        return UsageError.exit_code
-    except MemoryError:
-        terminal.show_error(DtlError("out of memory", "take fewer --workers"))
-        return DtlError.exit_code
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        terminal.show_error(DtlError(f"{where}{(error.strerror or str(error)).lower()}"))
-        return DtlError.exit_code
+    except Exception as error:
+        failure = _explain(error)
+        terminal.show_error(failure)
+        return failure.exit_code
+
+
+def _explain(error: Exception) -> DtlError:
+    """The failure to report for any exception."""
+    match error:
+        case DtlError():
+            return error
+        case MemoryError():
+            return DtlError("out of memory", "take fewer --workers")
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            return DtlError(f"{where}{(error.strerror or str(error)).lower()}")
+        case _ if isinstance(error, _ClickError):
+            return _usage_error(error)
+    if os.environ.get(DEBUG_VARIABLE):
+        raise error
+    # Only the type: the text of an unforeseen error might hold a value.
+    return DtlError(
+        f"unexpected failure ({type(error).__name__})",
+        f"please report it; {DEBUG_VARIABLE}=1 shows where it happened",
+    )
 
 
 def _usage_error(error: Any) -> UsageError:
@@ -118,7 +133,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Entry point: cleans up when interrupted, then ends by the signal as shells expect."""
+    """Entry point of the `dtl` command; an interrupted command cleans up and ends with 1."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = run()

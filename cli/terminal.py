@@ -27,7 +27,6 @@ from rich.progress import (
 )
 from rich.table import Table
 
-
 _DIGEST = re.compile("[0-9a-f]{128}")
 
 

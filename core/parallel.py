@@ -7,9 +7,11 @@ not grow with their number.
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TypeVar
 
+from dtl.core.errors import DtlError
 from dtl.core.progress import ProgressCallback, silent
 
 Result = TypeVar("Result")
@@ -77,4 +79,9 @@ def _pool(
         # they may be plaintext, which must never touch the disk.
         max_nbytes=None,
     )
-    yield from pool(delayed(function)(*task) for task in tasks)
+    try:
+        yield from pool(delayed(function)(*task) for task in tasks)
+    except BrokenProcessPool:
+        raise DtlError(
+            "a worker process died", "perhaps it ran out of memory: take fewer --workers"
+        ) from None

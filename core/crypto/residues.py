@@ -24,7 +24,7 @@ PRIMALITY_ROUNDS = 40
 MAX_TABLE_BYTES = 56 << 20
 """Memory that one fixed-base table may take."""
 
-_MPZ_OVERHEAD = 48  # an mpz object, its limb header and the list slot
+_ENTRY_OVERHEAD = 176  # a tuple of two mpz objects and the list slot
 _BUCKET_BITS = 4  # digits of the shared-base powers; 3 and 4 cost the same, 5 more
 
 
@@ -78,6 +78,27 @@ def from_integers(numbers: Iterable[int], width: int) -> Bytes:
     """Plain Python integers as a batch [n, width]."""
     data = b"".join(number.to_bytes(width, "little") for number in numbers)
     return np.frombuffer(data, np.uint8).reshape(-1, width)
+
+
+# --- numbers modulo N^2 as pairs --------------------------------------------------------------
+
+Pair = tuple[mpz, mpz]
+"""(a, b) with a, b in [0, N), for a + b N: long chains of products are a fifth faster so than
+with reductions of the full length (6.7 us against 8.6 at 3072 bits)."""
+
+_ONE: Pair = (mpz(1), mpz(0))
+
+
+def _multiply(x: Pair, y: Pair, n: mpz) -> Pair:
+    (a, b), (c, d) = x, y
+    carry, low = gmpy2.f_divmod(a * c, n)
+    return low, (a * d + b * c + carry) % n
+
+
+def _square(x: Pair, n: mpz) -> Pair:
+    a, b = x
+    carry, low = gmpy2.f_divmod(a * a, n)
+    return low, (2 * a * b + carry) % n
 
 
 # --- arithmetic modulo N^2 -------------------------------------------------------------------
@@ -156,30 +177,23 @@ class Arithmetic:
         length = max(map(len, digits), default=0)
         out: list[mpz] = []
         for base in _numbers(bases):
-            powers = [base]
+            value = self._pair(base)
+            powers = [value]
             for _ in range(length - 1):
-                value = powers[-1]
                 for _ in range(_BUCKET_BITS):
-                    value = value * value % self._n2
+                    value = _square(value, self._n)
                 powers.append(value)
-            out += [self._bucket_power(powers, row) for row in digits]
+            out += [self._number(self._bucket_power(powers, row)) for row in digits]
         return _bytes(out, self.width, len(bases), len(exponents))
 
-    def _bucket_power(self, powers: list[mpz], digits: list[int]) -> mpz:
-        n2 = self._n2
-        buckets: list[mpz | None] = [None] * (1 << _BUCKET_BITS)
+    def _bucket_power(self, powers: list[Pair], digits: list[int]) -> Pair:
+        n = self._n
+        buckets: list[Pair | None] = [None] * (1 << _BUCKET_BITS)
         for value, digit in zip(powers, digits, strict=False):
             if digit:
                 held = buckets[digit]
-                buckets[digit] = value if held is None else held * value % n2
-        running: mpz | None = None
-        result = mpz(1)
-        for bucket in reversed(buckets[1:]):
-            if bucket is not None:
-                running = bucket if running is None else running * bucket % n2
-            if running is not None:
-                result = result * running % n2
-        return result
+                buckets[digit] = value if held is None else _multiply(held, value, n)
+        return _running_products(buckets, n)
 
     def logarithms(self, residues: Bytes) -> Bytes:
         """L(u) of residues that must be 1 or -1 modulo N: [..., width] -> [..., block_width].
@@ -201,8 +215,27 @@ class Arithmetic:
             blocks.append(quotient)
         return _bytes(blocks, self.block_width, *residues.shape[:-1])
 
+    def _pair(self, number: mpz) -> Pair:
+        b, a = gmpy2.f_divmod(number, self._n)
+        return a, b
+
+    def _number(self, pair: Pair) -> mpz:
+        return pair[0] + pair[1] * self._n
+
     def _shape(self, batch: Bytes) -> tuple[int, ...]:
         return (self.width, *batch.shape[:-1])
+
+
+def _running_products(buckets: Sequence[Pair | None], n: mpz) -> Pair:
+    """The product of bucket[d]^d over all d > 0, by running products."""
+    running: Pair | None = None
+    result: Pair | None = None
+    for bucket in reversed(buckets[1:]):
+        if bucket is not None:
+            running = bucket if running is None else _multiply(running, bucket, n)
+        if running is not None:
+            result = running if result is None else _multiply(result, running, n)
+    return _ONE if result is None else result
 
 
 class FixedBaseTable:
@@ -219,28 +252,28 @@ class FixedBaseTable:
         self, arithmetic: Arithmetic, bases: Sequence[int], exponent_bits: int, uses: int
     ) -> None:
         self._arithmetic = arithmetic
-        self._n2 = arithmetic._n2
+        self._n = arithmetic._n
         self._bases = len(bases)
         self._bits = exponent_bits
-        entry_bytes = arithmetic.width + _MPZ_OVERHEAD
+        entry_bytes = arithmetic.width + _ENTRY_OVERHEAD
         limit = MAX_TABLE_BYTES // (entry_bytes * self._bases)
         self.rows, self.depth = _best_comb(exponent_bits, uses, limit)
         self._columns = -(-exponent_bits // self.rows)
         self._blocks = -(-self._columns // self.depth)
-        self._tables = [self._comb(mpz(base)) for base in bases]
+        self._tables = [self._comb(arithmetic._pair(mpz(base))) for base in bases]
 
-    def _comb(self, base: mpz) -> list[list[mpz]]:
-        n2 = self._n2
+    def _comb(self, base: Pair) -> list[list[Pair]]:
+        n = self._n
         chain = [base]  # base^(2^i)
         for _ in range(self.rows * self._columns - 1):
-            chain.append(chain[-1] * chain[-1] % n2)
+            chain.append(_square(chain[-1], n))
         tables = []
         for block in range(self._blocks):
-            entries = [mpz(1)]
+            entries = [_ONE]
             for row in range(self.rows):
-                place = row * self._columns + block * self.depth
-                factor = chain[place]
-                entries += [entry * factor % n2 for entry in entries]
+                factor = chain[row * self._columns + block * self.depth]
+                entries.append(factor)
+                entries += [_multiply(entry, factor, n) for entry in entries[1 : 1 << row]]
             tables.append(entries)
         return tables
 
@@ -249,19 +282,19 @@ class FixedBaseTable:
 
         Exponents must be below 2^exponent_bits.
         """
-        n2 = self._n2
+        n, number = self._n, self._arithmetic._number
         out: list[mpz] = []
         for schedule in self._schedules(exponents):
             for tables in self._tables:
-                result: mpz | None = None
-                for step, digits in enumerate(schedule):
-                    if step and result is not None:
-                        result = result * result % n2
+                result: Pair | None = None
+                for digits in schedule:
+                    if result is not None:
+                        result = _square(result, n)
                     for table, digit in zip(tables, digits, strict=True):
                         if digit:
                             entry = table[digit]
-                            result = entry if result is None else result * entry % n2
-                out.append(mpz(1) if result is None else result)
+                            result = entry if result is None else _multiply(result, entry, n)
+                out.append(number(_ONE if result is None else result))
         return _bytes(out, self._arithmetic.width, len(exponents), self._bases)
 
     def _schedules(self, exponents: Bytes) -> Iterator[list[list[int]]]:

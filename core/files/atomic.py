@@ -267,12 +267,26 @@ def write_file(path: Path, data: bytes, force: bool = False, mode: int = PUBLIC_
         output.commit()
 
 
-def read_file(path: Path, limit: int) -> bytes:
-    """Read a small regular file of at most `limit` bytes."""
-    with machine_errors(path), path.open("rb") as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+def open_regular(path: Path) -> int:
+    """Open a regular file for reading; returns the descriptor. UsageError for anything else."""
+    with machine_errors(path):
+        # Without O_NONBLOCK, opening a named pipe would wait for a writer.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
             raise UsageError(f"{path}: expected a file")
-        data = file.read(limit + 1)
+        return descriptor
+
+
+def read_start(path: Path, length: int) -> bytes:
+    """Up to `length` bytes from the start of a regular file."""
+    with machine_errors(path), os.fdopen(open_regular(path), "rb") as file:
+        return file.read(length)
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """Read a small regular file of at most `limit` bytes; FormatError if it is larger."""
+    data = read_start(path, limit + 1)
     if len(data) > limit:
         raise FormatError(f"{path}: expected at most {limit} bytes")
     return data

@@ -8,15 +8,14 @@ duplicate keys; the tests hold the two against one another.
 
 import math
 import os
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from dtl.core.errors import FormatError, UsageError
+from dtl.core.errors import FormatError
 from dtl.core.files import canonical_json
-from dtl.core.files.atomic import machine_errors
+from dtl.core.files.atomic import machine_errors, open_regular
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 32
@@ -62,13 +61,9 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with machine_errors(path):
-            self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = open_regular(path)
         try:
-            status = os.fstat(self._descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise UsageError(f"{path}: expected a file")
-            self.size = status.st_size
+            self.size = os.fstat(self._descriptor).st_size
             self.stamp = stamp_of(self._descriptor)
             self._parse()
         except BaseException:

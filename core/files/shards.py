@@ -5,6 +5,7 @@ Arrays `x` float64 [samples, features], `y` int64 [samples] (indices of classes)
 """
 
 import io
+import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from dtl.core.errors import FormatError
-from dtl.core.files.atomic import machine_errors, write_file
+from dtl.core.files.atomic import machine_errors, open_regular, write_file
 from numpy.typing import NDArray
 
 MIN_CLASSES = 2
@@ -44,7 +45,8 @@ class Shard:
 def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     """The arrays of an .npz file; FormatError for anything else. Nothing is unpickled."""
     try:
-        with machine_errors(path), path.open("rb") as file, np.load(file) as loaded:
+        with machine_errors(path), os.fdopen(open_regular(path), "rb") as file:
+            loaded = np.load(file)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise FormatError(f"{path}: expected an .npz file")
             return {name: loaded[name] for name in loaded.files}

@@ -18,7 +18,7 @@ from dtl.core.crypto.primitives import fields, u32
 from dtl.core.encoding.fixed_point import Reals
 from dtl.core.errors import FormatError, NumericError, UsageError, VerificationError
 from dtl.core.files import canonical_json
-from dtl.core.files.atomic import AtomicOutput, machine_errors
+from dtl.core.files.atomic import AtomicOutput, machine_errors, read_start
 from dtl.core.files.headers import Layout, TensorSpec, check_layout
 from dtl.core.files.safetensors import SafetensorsFile, build_header
 from dtl.core.files.schema import FORMAT, Digest, Document, Round
@@ -72,9 +72,7 @@ def open_tensors(path: Path) -> TensorFile:
     Raises UsageError when there is none, FormatError when it is malformed or holds
     anything but floats.
     """
-    with machine_errors(path), path.open("rb") as file:
-        magic = file.read(len(_ZIP_MAGIC))
-    return _NpzTensors(path) if magic == _ZIP_MAGIC else _SafetensorsTensors(path)
+    return _NpzTensors(path) if read_start(path, 2) == _ZIP_MAGIC else _SafetensorsTensors(path)
 
 
 def values(tensors: TensorFile) -> Iterator[Reals]:

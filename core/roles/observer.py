@@ -5,7 +5,7 @@ from typing import Any
 
 from dtl.core.errors import DtlError, FormatError, VerificationError
 from dtl.core.files import canonical_json, documents, ledger, tensors
-from dtl.core.files.atomic import machine_errors, read_file
+from dtl.core.files.atomic import read_file, read_start
 from dtl.core.files.container import HEADER_KEY, SIGNATURE_KEY, Container
 from dtl.core.files.documents import SERVER, Job
 from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
@@ -24,8 +24,7 @@ def inspect(path: Path, job: Job | None, progress: ProgressCallback = silent) ->
     With `job`, a bulk file's signature is checked as well. Raises UsageError when there is
     no file, FormatError when it is none of dtl's, VerificationError for a bad signature.
     """
-    with machine_errors(path), path.open("rb") as file:
-        start = file.read(9)
+    start = read_start(path, len(_ZIP_MAGIC))
     if start.startswith(_JSON_START):
         return _document(path)
     if start.startswith(_ZIP_MAGIC):
