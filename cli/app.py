@@ -25,6 +25,7 @@ from dtl.cli import (
 from dtl.core.errors import DtlError, UsageError
 
 DEBUG_VARIABLE = "DTL_DEBUG"
+_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 KGC, PARTICIPANT, SERVER, ANYONE = (
     "Key generation center",
@@ -89,15 +90,17 @@ def run(arguments: list[str] | None = None) -> int:
     try:
         command = typer.main.get_command(app)
         result = command.main(args=arguments, prog_name="dtl", standalone_mode=False)
-        return result if isinstance(result, int) else 0
     except typer.Exit as error:
-        return error.exit_code
+        result = error.exit_code
     except typer.Abort:
         raise KeyboardInterrupt from None
     except Exception as error:
         failure = _explain(error)
         terminal.show_error(failure)
         return failure.exit_code
+    if result == _INTERRUPTED:
+        raise KeyboardInterrupt
+    return result if isinstance(result, int) else 0
 
 
 def _explain(error: Exception) -> DtlError:

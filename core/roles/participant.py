@@ -24,6 +24,7 @@ from dtl.core.files.atomic import AtomicOutput, check_output, finish
 from dtl.core.files.container import RESIDUES, SEALED, Container, ContainerWriter
 from dtl.core.files.documents import Job, Key, ParticipantSecrets
 from dtl.core.files.headers import (
+    Grant,
     ReleaseHeader,
     ResultHeader,
     UploadHeader,
@@ -281,10 +282,11 @@ def open_release(
         container.require({SEALED: (primitives.sealed_length(length),)})
         container.verify(header.kind, job.server.sign, work.progress)
         _check_manifest(job, header, release)
+        grant = _own_grant(key, header, release)
         with Ledger(key) as ledger:
             _check_history(ledger, header, key.name, release)
             core = sealed.release_core(header.manifest, header.names, shape, header.commit)
-            encryption_key = _unwrap(key, header, core, release)
+            encryption_key = _unwrap(key, header, grant, core, release)
             # Nothing of the payload is used before all of it has been checked.
             for _ in sealed.open_stream(container, encryption_key, core, length):
                 pass
@@ -346,14 +348,19 @@ def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Pa
             raise VerificationError(f"{release}: its successor is of an earlier round")
 
 
-def _unwrap(key: Key, header: ReleaseHeader, core: bytes, release: Path) -> bytes:
-    grant = next((g for g in header.grants if g.participant == key.name), None)
+def _own_grant(key: Key, header: ReleaseHeader, release: Path) -> Grant:
+    for grant in header.grants:
+        if grant.participant == key.name:
+            return grant
+    raise NotAllowedError(
+        f"{release}: not granted to {key.name}", f"it can be opened by {', '.join(header.names)}"
+    )
+
+
+def _unwrap(key: Key, header: ReleaseHeader, grant: Grant, core: bytes, release: Path) -> bytes:
     own = key.job.participant(key.name)
-    if grant is None or own is None or not isinstance(key.secrets, ParticipantSecrets):
-        raise NotAllowedError(
-            f"{release}: not granted to {key.name}",
-            f"it can be opened by {', '.join(header.names)}",
-        )
+    if own is None or not isinstance(key.secrets, ParticipantSecrets):
+        raise NotAllowedError(f"{key.path}: expected a participant's key")
     info = sealed.grant_info(core, key.name, own.hpke, key.job.server.sign)
     content_key = primitives.hpke_unwrap(key.secrets.hpke, grant.wrapped, info)
     if len(content_key) != primitives.KEY_BYTES:

@@ -1,0 +1,224 @@
+"""Kills, leftovers and races, with real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dtl.core.files import ledger
+from dtl.core.files.atomic import AtomicFolder, AtomicOutput, write_file
+from dtl.core.roles import participant
+
+from tests.helpers import Round, random_arrays
+
+NewRound = Callable[..., Round]
+DTL = [sys.executable, "-c", "from dtl.cli.app import main; main()"]
+
+
+def start(*arguments: object) -> "subprocess.Popen[bytes]":
+    command = [*DTL, *map(str, arguments)]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def hidden(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_a_kill_at_any_time_leaves_the_output_absent_or_complete(new_round: NewRound) -> None:
+    round_ = new_round()
+    arrays = {"x": np.random.default_rng(0).normal(0, 0.1, 40000).astype(np.float32)}
+    uploads = [round_.upload(p, arrays) for p in round_.names]
+    sums = round_.aggregate(uploads)
+    release = round_.release(sums)
+    opened = round_.open(release, "carol")
+    gradients = round_.folder / "alice.grads.safetensors"
+    server, alice = round_.key("server"), round_.key("alice")
+    commands: dict[str, tuple[object, ...]] = {
+        "kill.upload": ("encrypt-grads", gradients, "--round", 2, "--key", alice),
+        "kill.enc": ("aggregate", *uploads, "--key", server),
+        "kill.release": ("release-model", sums, "--key", server),
+        "kill.safetensors": ("open-model", release, "--key", alice),
+    }
+    sizes = {
+        "kill.upload": uploads[0].stat().st_size,
+        "kill.enc": sums.stat().st_size,
+        "kill.release": release.stat().st_size,
+        "kill.safetensors": opened.stat().st_size,
+    }
+    killed = 0
+    for name, arguments in commands.items():
+        out = round_.folder / name
+        whole = time.monotonic()
+        for delay in (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.1, 1.4, None):
+            process = start(*arguments, "-o", out, "--workers", 1)
+            try:
+                process.wait(delay)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                killed += 1
+            process.wait()
+            if out.exists():
+                assert out.stat().st_size == sizes[name]
+                break
+        assert out.exists(), "the same command works again after a kill"
+        assert time.monotonic() - whole < 60
+        assert not hidden(round_.folder), "what a killed command left is cleaned up"
+    assert killed
+
+
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_cleans_up(new_round: NewRound, sig: signal.Signals) -> None:
+    round_ = new_round()
+    arrays = {"x": np.ones(300_000, np.float32)}
+    gradients = round_.save("g.safetensors", arrays)
+    out = round_.folder / "u"
+    process = start(
+        "encrypt-grads", gradients, "--round", 1, "--key", round_.key("alice"), "-o", out
+    )
+    while not hidden(round_.folder):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(sig)
+    assert process.wait(20) == 1
+    assert not out.exists()
+    assert not hidden(round_.folder)
+    assert (round_.keys / "alice.ledger").read_bytes().count(b"\n") == 1
+
+
+def test_a_crash_between_ledger_and_rename_is_completed(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round()
+
+    def crash(self: AtomicOutput) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicOutput, "commit", crash)
+        with pytest.raises(KeyboardInterrupt):
+            round_.upload("alice", random_arrays(1))
+    out = round_.folder / "alice.upload"
+    assert not out.exists()
+    assert len(hidden(round_.folder)) == 1
+    assert round_.upload("alice", random_arrays(1)) == out
+    assert out.exists()
+    assert not hidden(round_.folder)
+    others = [round_.upload(p, random_arrays(1)) for p in ("bob", "carol")]
+    round_.aggregate([out, *others])
+
+
+def test_a_crash_before_the_ledger_leaves_everything_as_it_was(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round()
+
+    def full_disk(self: ledger.Ledger, entry: object) -> None:
+        raise OSError(28, "No space left on device", str(self.path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "append", full_disk)
+        round_.upload("alice", random_arrays(1), code=1)
+    assert not hidden(round_.folder)
+    round_.upload("alice", random_arrays(1))
+
+
+def test_gradients_that_change_while_they_are_read(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round()
+    original = participant._encrypted
+
+    arrays = random_arrays(1)
+    path = round_.save("alice.grads.safetensors", arrays)
+
+    def in_place(*arguments: object) -> object:
+        with path.open("r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            file.write(b"\x11")
+        return original(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(participant, "_encrypted", in_place)
+        round_.upload("alice", arrays, code=3)
+    assert not (round_.folder / "alice.upload").exists()
+    round_.upload("alice", arrays)
+
+
+def test_commands_on_one_ledger_wait_for_each_other(new_round: NewRound) -> None:
+    round_ = new_round()
+    gradients = round_.save("g.safetensors", {"x": np.ones(20000, np.float32)})
+    common = ("encrypt-grads", gradients, "--round", 1, "--key", round_.key("alice"))
+    racing = [start(*common, "-o", round_.folder / f"{n}.upload") for n in range(4)]
+    assert sorted(process.wait(60) for process in racing) == [0, 5, 5, 5]
+    assert len(list(round_.folder.glob("*.upload"))) == 1
+
+
+def test_keys_are_private_from_the_first_instant(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    original = os.open
+
+    def watch(path: object, flags: int, mode: int = 0o777, **more: object) -> int:
+        if flags & os.O_CREAT and ".key" in str(path):
+            seen.append(mode)
+            assert flags & os.O_EXCL
+        return original(path, flags, mode, **more)  # type: ignore[arg-type]
+
+    before = os.umask(0)
+    try:
+        monkeypatch.setattr(os, "open", watch)
+        round_ = new_round()
+    finally:
+        os.umask(before)
+    assert seen == [0o600] * 5
+    for path in round_.keys.iterdir():
+        private = path.suffix in (".key", ".ledger")
+        assert path.stat().st_mode & 0o777 == (0o600 if private else 0o666), path
+    assert round_.keys.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_readable_key_gets_a_warning(new_round: NewRound) -> None:
+    round_ = new_round()
+    round_.key("alice").chmod(0o644)
+    gradients = round_.save("g.safetensors", random_arrays(1))
+    options = ("--round", 1, "--key", round_.key("alice"), "-o", round_.folder / "u")
+    assert "chmod 600" in round_.dtl("encrypt-grads", gradients, *options).err
+
+
+def test_leftovers_of_the_living_are_left_alone(tmp_path: Path) -> None:
+    with AtomicOutput(tmp_path / "out") as living:
+        living.write(b"one")
+        with AtomicOutput(tmp_path / "out") as other:
+            other.write(b"two")
+            other.commit()
+        assert len(hidden(tmp_path)) == 1
+    assert not hidden(tmp_path)
+    assert (tmp_path / "out").read_bytes() == b"two"
+
+
+def test_an_output_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    from dtl.core.errors import UsageError
+
+    with AtomicOutput(tmp_path / "out") as output:
+        output.write(b"mine")
+        write_file(tmp_path / "out", b"theirs")
+        with pytest.raises(UsageError):
+            output.commit()
+    assert (tmp_path / "out").read_bytes() == b"theirs"
+    assert not hidden(tmp_path)
+
+
+def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
+    with AtomicFolder(tmp_path / "job") as folder:
+        (folder.temporary / "file").write_text("x")
+    assert not list(tmp_path.iterdir())
+    with AtomicFolder(tmp_path / "job") as folder:
+        (folder.temporary / "file").write_text("x")
+        folder.commit()
+    assert [path.name for path in (tmp_path / "job").iterdir()] == ["file"]

@@ -1,0 +1,140 @@
+"""The house: packaging, floors, and one place for each thing."""
+
+import ast
+import hashlib
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FLOORS = [
+    "dtl.core.errors",
+    "dtl.core.progress",
+    "dtl.core.crypto",
+    "dtl.core.encoding",
+    "dtl.datasets",
+    "dtl.core.files",
+    "dtl.core.parallel",
+    "dtl.core.roles",
+    "dtl.core.learning",
+    "dtl.cli",
+]
+SOURCES = sorted([*ROOT.glob("core/**/*.py"), *ROOT.glob("cli/**/*.py")])
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return "dtl." + ".".join(part for part in parts if part != "__init__")
+
+
+def floor_of(module: str) -> int:
+    found = [
+        n for n, floor in enumerate(FLOORS) if module == floor or module.startswith(f"{floor}.")
+    ]
+    return found[0] if found else -1
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downward_only(path: Path) -> None:
+    own = floor_of(module_of(path))
+    for imported in imports_of(path):
+        if imported.startswith("dtl.core.") or imported.startswith("dtl.cli"):
+            assert floor_of(imported) <= own, imported
+        if not module_of(path).startswith("dtl.cli"):
+            assert imported.split(".")[0] not in ("typer", "rich", "click"), imported
+
+
+def test_roles_do_not_import_one_another() -> None:
+    for path in ROOT.glob("core/roles/*.py"):
+        others = {i for i in imports_of(path) if i.startswith("dtl.core.roles.")}
+        assert not others, path
+
+
+@pytest.mark.parametrize(
+    ("library", "allowed"),
+    [
+        ("gmpy2", "core/crypto/residues.py"),
+        ("rich", "cli/terminal.py"),
+        ("joblib", "core/parallel.py"),
+    ],
+)
+def test_libraries_live_in_one_place(library: str, allowed: str) -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(name.split(".")[0] == library for name in imports_of(path))
+    }
+    assert users == {allowed}
+
+
+def test_every_subpackage_is_listed() -> None:
+    configured = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    listed = set(configured["tool"]["setuptools"]["packages"])
+    folders = {
+        module_of(path)
+        for top in ("cli", "core", "datasets")
+        for path in ROOT.glob(f"{top}/**/__init__.py")
+    }
+    assert listed == folders
+
+
+def test_heavy_imports_stay_out_of_the_start() -> None:
+    code = (
+        "import sys, dtl.cli.app;"
+        "print([m for m in ('sklearn', 'joblib', 'numpy') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_crypto_commands_do_without_scikit_learn() -> None:
+    code = (
+        "import sys, dtl.core.roles.participant, dtl.core.roles.server;"
+        "print([m for m in ('sklearn', 'joblib') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_data_sets_are_the_ones_described() -> None:
+    for line in (ROOT / "datasets" / "SHA256SUMS").read_text().splitlines():
+        expected, name = line.split()
+        data = (ROOT / "datasets" / name).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == expected
+    from dtl.core.learning.split import load_source
+    from sklearn.datasets import load_breast_cancer, load_digits
+
+    for name, loaded in (("digits", load_digits()), ("breast_cancer", load_breast_cancer())):
+        ours = load_source(name)
+        assert (ours.x == loaded.data).all()
+        labels = [str(loaded.target_names[label]) for label in loaded.target]
+        assert [str(ours.classes[label]) for label in ours.y] == labels
+
+
+def test_no_assert_guards_input() -> None:
+    for path in SOURCES:
+        nodes = ast.walk(ast.parse(path.read_text()))
+        assert not any(isinstance(node, ast.Assert) for node in nodes), path
+
+
+def test_randomness_comes_from_secrets() -> None:
+    """numpy's generator serves learning only; Python's `random` nobody."""
+    for path in SOURCES:
+        text = path.read_text()
+        assert "random" not in {i.split(".")[0] for i in imports_of(path)}, path
+        if "learning" not in path.parts:
+            assert not re.search(r"np\.random|default_rng", text), path

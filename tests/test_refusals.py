@@ -1,0 +1,593 @@
+"""What is refused, with which exit code; nothing is ever left behind under the output's name."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dtl.core.crypto import primitives
+from dtl.core.files import canonical_json
+from dtl.core.files.container import Container, file_digest
+from dtl.core.files.safetensors import build_header
+
+from tests.helpers import Arrays, Cli, Round, random_arrays
+
+NewRound = Callable[..., Round]
+
+
+@pytest.fixture
+def round_(new_round: NewRound) -> Round:
+    return new_round()
+
+
+@pytest.fixture
+def full(round_: Round) -> Round:
+    """A round up to the release: alice.upload.., result.enc, result.release."""
+    round_.save("w0.safetensors", random_arrays(9, 0.5))
+    given = {p: random_arrays(i) for i, p in enumerate(round_.names)}
+    uploads = round_.uploads(given, "--model", round_.folder / "w0.safetensors")
+    round_.release(round_.aggregate(uploads, "--initial", round_.folder / "w0.safetensors"))
+    return round_
+
+
+def upload_paths(round_: Round) -> list[Path]:
+    return [round_.folder / f"{name}.upload" for name in round_.names]
+
+
+def flips(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Files with one byte flipped: every part of the container, densely in its header."""
+    data = path.read_bytes()
+    header = 8 + int.from_bytes(data[:8], "little")
+    places = {*range(0, header, 37), *range(8), header - 1, header, len(data) - 1}
+    places |= {data.index(b"signature") + i for i in (0, 5, 12, 60)}
+    places |= set(np.random.default_rng(0).integers(header, len(data), 10).tolist())
+    for place in sorted(places):
+        for mask in (0x01, 0x20):
+            changed = bytearray(data)
+            changed[place] ^= mask
+            yield place, bytes(changed)
+
+
+def test_a_flipped_byte_in_an_upload(full: Round) -> None:
+    victim, *others = upload_paths(full)
+    original = victim.read_bytes()
+    bad, out = full.folder / "bad.upload", full.folder / "out.enc"
+    for _, changed in flips(victim):
+        assert changed != original
+        bad.write_bytes(changed)
+        arguments = ("aggregate", bad, *others, "--key", full.key("server"), "-o", out)
+        code = run_code(full, arguments)
+        assert code in (3, 4)
+        assert not out.exists()
+
+
+def test_a_flipped_byte_in_a_model(full: Round) -> None:
+    bad, out = full.folder / "bad.enc", full.folder / "out.release"
+    for _, changed in flips(full.folder / "result.enc"):
+        bad.write_bytes(changed)
+        arguments = ("release-model", bad, "--key", full.key("server"), "-o", out)
+        assert run_code(full, arguments) in (3, 4)
+        assert not out.exists()
+
+
+def test_a_flipped_byte_in_a_release(full: Round) -> None:
+    bad, out = full.folder / "bad.release", full.folder / "out.safetensors"
+    for _, changed in flips(full.folder / "result.release"):
+        bad.write_bytes(changed)
+        arguments = ("open-model", bad, "--key", full.key("alice"), "-o", out)
+        assert run_code(full, arguments) in (3, 4)
+        assert not out.exists()
+
+
+def run_code(round_: Round, arguments: tuple[object, ...]) -> int:
+    from dtl.cli import app
+
+    return app.run([str(argument) for argument in arguments])
+
+
+def resign(path: Path, changes: dict[str, object], secret: bytes, out: Path) -> Path:
+    """The file with a changed header and a valid signature: a malicious signer's file."""
+    with Container(path) as container:
+        header = canonical_json.loads(container.raw_header, "") | changes
+        raw = canonical_json.dumps(header)
+        tensors = {name: b"".join(container.chunks(name)) for name in container.tensors}
+        shapes = [(t.name, "U8", t.shape) for t in container.tensors.values()]
+    hashes = {name: hashlib.sha512(data).digest() for name, data in tensors.items()}
+    signature = primitives.sign(secret, str(header["kind"]), file_digest(raw, hashes))
+    outer = build_header({"dtl": raw.decode(), "signature": signature.hex()}, shapes)
+    out.write_bytes(outer + b"".join(tensors[name] for name in sorted(tensors)))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"round": 2}, 3),
+        ({"base": "0" * 128}, 3),
+        ({"base": None}, 3),
+        ({"roster": "0" * 128}, 3),
+        ({"job": "0" * 128}, 3),
+        ({"masked": True}, 3),
+        ({"signer": "bob"}, 4),
+        ({"signer": "mallory"}, 3),
+        ({"kind": "model"}, 3),
+        ({"format": "dtl/v2"}, 3),
+        ({"values": 336}, 3),
+        ({"layout": [{"name": "x", "shape": [335], "dtype": "F32"}]}, 3),
+        ({"extra": 1}, 3),
+        ({"created": "now"}, 3),
+        ({"round": 0}, 3),
+        ({"round": True}, 3),
+    ],
+)
+def test_a_validly_signed_upload_of_something_else(
+    full: Round, changes: dict[str, object], code: int
+) -> None:
+    alice, *others = upload_paths(full)
+    bad = resign(alice, changes, full.opened_key("alice").secrets.sign, full.folder / "bad")
+    full.aggregate([*others, bad], out="out.enc", code=code)
+    initial = ("--initial", full.folder / "w0.safetensors")
+    full.aggregate([bad, *others], *initial, out="out.enc", code=code)
+
+
+@pytest.mark.parametrize("value", ["zero", "modulus", "factor"])
+def test_a_signed_upload_with_a_bad_residue(full: Round, value: str) -> None:
+    alice, *others = upload_paths(full)
+    n = full.job.N
+    p = full.opened_key("kgc").trapdoor.p
+    residue = {"zero": 0, "modulus": n * n, "factor": 5 * p}[value].to_bytes(128, "little")
+    with Container(alice) as container:
+        start = container.tensors["residues"].start
+    data = bytearray(alice.read_bytes())
+    data[start + 256 : start + 384] = residue
+    (full.folder / "raw").write_bytes(data)
+    bad = resign(full.folder / "raw", {}, full.opened_key("alice").secrets.sign, full.folder / "b")
+    full.aggregate([bad, *others], out="out.enc", code=3)
+
+
+def test_an_upload_given_twice_and_two_of_one_participant(full: Round) -> None:
+    alice, bob, carol = upload_paths(full)
+    full.aggregate([alice, bob, carol, alice], out="out.enc", code=5)
+    secret = full.opened_key("alice").secrets.sign
+    second = resign(alice, {"created": "2020-01-01T00:00:00Z"}, secret, full.folder / "second")
+    full.aggregate([alice, bob, carol, second], out="out.enc", code=5)
+    # ... nor in place of the one that was accepted before, in another run.
+    full.aggregate([second, bob, carol], out="out.enc", code=5)
+
+
+def test_skip_invalid_goes_on_and_lists_what_it_refused(
+    new_round: NewRound, dtl: Cli, tmp_path: Path
+) -> None:
+    round_ = new_round(("a", "b", "c", "d"))
+    uploads = round_.uploads({p: random_arrays(i) for i, p in enumerate(round_.names)})
+    damaged = bytearray(uploads[1].read_bytes())
+    damaged[-1] ^= 1
+    uploads[1].write_bytes(damaged)
+    round_.aggregate(uploads, code=4)
+    out = tmp_path / "result.enc"
+    key = round_.key("server")
+    report = dtl("aggregate", *uploads, "--skip-invalid", "--key", key, "-o", out, "--json").json
+    assert list(report["refused"]) == [str(uploads[1])]
+    assert report["contributors"] == ["a", "c", "d"]
+    assert report["missing"] == ["b"]
+    (tmp_path / "more.enc").touch()
+    round_.aggregate([*uploads, tmp_path / "nowhere"], "--skip-invalid", out="o.enc", code=2)
+
+
+def test_uploads_of_different_rounds_bases_or_layouts(round_: Round) -> None:
+    one = [round_.upload(p, random_arrays(1)) for p in ("alice", "bob")]
+    later = round_.upload("carol", random_arrays(1), "--round", 2)
+    round_.aggregate([*one, later], code=3)
+    other = round_.upload("carol", {"x": np.ones(335, np.float32)}, out="other")
+    round_.aggregate([*one, other], code=3)
+
+
+def test_an_upload_of_another_job(new_round: NewRound) -> None:
+    ours, theirs = new_round(folder="ours"), new_round(folder="theirs")
+    uploads = [ours.upload(p, random_arrays(1)) for p in ours.names]
+    foreign = theirs.upload("alice", random_arrays(1))
+    ours.aggregate([foreign, *uploads[1:]], code=3)
+    release = ours.release(ours.aggregate(uploads))
+    code = run_code(ours, ("open-model", release, "--key", theirs.key("alice"), "-o", "x.npz"))
+    assert code in (3, 4, 5)
+    job = ("--job", ours.keys / "job.json")
+    ours.dtl("open-model", release, "--key", theirs.key("alice"), *job, "-o", "x.npz", code=4)
+
+
+def test_a_model_is_needed_where_uploads_name_one_and_must_be_the_same(full: Round) -> None:
+    other = full.save("other.safetensors", random_arrays(10, 0.5))
+    full.aggregate(upload_paths(full), "--initial", other, out="out.enc", code=3)
+    model = full.folder / "result.enc"
+    full.aggregate(upload_paths(full), "--model", model, out="out.enc", code=3)
+    both = ("--initial", other, "--model", model)
+    full.aggregate(upload_paths(full), *both, out="out.enc", code=2)
+
+
+def test_a_sum_is_not_a_model(round_: Round) -> None:
+    uploads = [round_.upload(p, random_arrays(1)) for p in round_.names]
+    result = round_.aggregate(uploads)
+    round_.aggregate(uploads, "--model", result, out="out.enc", code=3)
+
+
+def test_too_few_contributors(round_: Round) -> None:
+    uploads = [round_.upload(p, random_arrays(1)) for p in ("alice", "bob")]
+    round_.aggregate(uploads, code=6)
+
+
+def test_fairness(new_round: NewRound) -> None:
+    round_ = new_round(("alice", "bob", "carol", "dave"))
+    uploads = [round_.upload(p, random_arrays(1)) for p in ("alice", "bob", "carol")]
+    result = round_.aggregate(uploads)
+    round_.release(result, "--to", "alice,dave", code=5)
+    round_.release(result, "--to", "alice,zoe", code=2)
+    release = round_.release(result)
+    round_.open(release, "dave", code=5)
+    only = round_.release(result, "--to", "alice", out="only")
+    round_.open(only, "bob", code=5)
+    round_.open(only, "alice")
+
+
+def test_a_second_result_is_not_released(new_round: NewRound) -> None:
+    round_ = new_round(("alice", "bob", "carol", "dave"))
+    w0 = round_.save("w0.safetensors", random_arrays(9))
+    uploads = [round_.upload(p, random_arrays(1), "--model", w0) for p in round_.names]
+    first = round_.aggregate(uploads[:3], "--initial", w0, out="1")
+    second = round_.aggregate(uploads, "--initial", w0, out="2")
+    third = round_.aggregate(uploads, out="3")
+    release = round_.release(first, out="r1")
+    round_.release(second, out="r2", code=5)
+    round_.release(third, out="r3", code=5)
+    round_.release(first, out="again")
+    # Even a server that lost its ledger's memory is caught by the participants'.
+    round_.open(release, "alice")
+    ledger = round_.keys / "server.ledger"
+    ledger.write_bytes(ledger.read_bytes().split(b"\n")[0] + b"\n")
+    other = round_.release(second, out="r2")
+    round_.open(other, "alice", "--force", code=4)
+
+
+def test_a_participant_checks_that_its_upload_is_in(new_round: NewRound) -> None:
+    round_ = new_round(("alice", "bob", "carol", "dave"))
+    first = [round_.upload(p, random_arrays(1)) for p in round_.names]
+    release = round_.release(round_.aggregate(first[1:]))
+    round_.open(release, "bob")
+    round_.open(release, "alice", "--force", code=5)  # no grant at all
+    w0 = round_.save("w0.safetensors", random_arrays(9))
+    options: tuple[object, ...] = ("--model", w0, "--round", 2)
+    uploads = [round_.upload(p, random_arrays(1), *options, out=f"{p}2") for p in round_.names]
+    model = round_.aggregate(uploads, "--initial", w0, out="m2")
+    w2 = round_.open(round_.release(model, out="r2"), "alice", out="w2.safetensors")
+    options = ("--model", w2)
+    next_uploads = [round_.upload(p, random_arrays(2), *options, out=f"{p}3") for p in round_.names]
+    left_out = round_.aggregate(next_uploads[1:], "--model", model, out="m3")
+    release = round_.release(left_out, out="r3")
+    round_.open(release, "bob", "--force")
+    round_.open(release, "alice", "--force", code=4)
+
+
+def test_a_second_upload(round_: Round) -> None:
+    round_.upload("alice", random_arrays(1))
+    round_.upload("alice", random_arrays(1), out="second", code=5)
+    round_.upload("alice", random_arrays(2), "--round", 2, out="next")
+
+
+def test_a_second_upload_on_one_base(round_: Round) -> None:
+    w0 = round_.save("w0.safetensors", random_arrays(9))
+    round_.upload("alice", random_arrays(1), "--model", w0)
+    again = ("--model", w0, "--round", 2)
+    round_.upload("alice", random_arrays(2), *again, out="second", code=5)
+    round_.upload("alice", random_arrays(2), *again, "--accept-differencing", out="second")
+
+
+@pytest.mark.parametrize(("bad", "index"), [(np.nan, "[2, 1]"), (np.inf, "[2, 1]")])
+@pytest.mark.parametrize("suffix", ["safetensors", "npz"])
+def test_nan_and_infinity(round_: Round, bad: float, index: str, suffix: str) -> None:
+    arrays = {"first": np.ones(3, np.float32), "layer.weight": np.ones((4, 2), np.float32)}
+    arrays["layer.weight"][2, 1] = bad
+    path = round_.folder / f"g.{suffix}"
+    if suffix == "npz":
+        np.savez(path, **arrays)  # type: ignore[arg-type]
+    else:
+        path = round_.save("g.safetensors", arrays)
+    out = round_.folder / "u"
+    options = ("--round", 1, "--key", round_.key("alice"), "-o", out)
+    result = round_.dtl("encrypt-grads", path, *options, code=7)
+    assert "'layer.weight'" in result.err
+    assert index in result.err
+    assert not out.exists()
+    round_.upload("alice", random_arrays(1))  # the ledger was not touched
+
+
+def test_initial_weights_without_headroom(round_: Round) -> None:
+    w0 = round_.save("w0.safetensors", {"x": np.full(335, 4.5, np.float32)})
+    uploads = [round_.upload(p, {"x": np.ones(335)}, "--model", w0) for p in round_.names]
+    round_.aggregate(uploads, "--initial", w0, code=7)
+
+
+def test_a_model_without_headroom_does_not_open(round_: Round) -> None:
+    plain = round_.save("w0.safetensors", {"x": np.full(5, 3.9, np.float32)})
+    model, source = plain, "--initial"
+    for number, code in ((1, 7),):
+        given = {p: {"x": np.full(5, -1.0, np.float32)} for p in round_.names}
+        uploads = round_.uploads(given, "--model", plain, tag=str(number))
+        model = round_.aggregate(uploads, source, model, out=f"{number}.enc")
+        release = round_.release(model, out=f"{number}.release")
+        round_.open(release, "alice", code=code)
+
+
+GARBAGE = {
+    "empty": b"",
+    "short": b"\x10",
+    "text": b"hello, this is not a safetensors file at all",
+    "huge header": (1 << 62).to_bytes(8, "little") + b"{}" * 50,
+    "header over the limit": ((16 << 20) + 8).to_bytes(8, "little") + b" " * 4096,
+    "no json": (16).to_bytes(8, "little") + b"x" * 16,
+    "deep json": (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    "array": (2).to_bytes(8, "little") + b"[]",
+    "empty object": (2).to_bytes(8, "little") + b"{}",
+    "broken zip": b"PK\x03\x04" + b"\0" * 60,
+    "json": b"{}",
+}
+
+
+@pytest.mark.parametrize("name", GARBAGE)
+def test_garbage_for_every_input(full: Round, name: str) -> None:
+    bad = full.folder / "garbage"
+    bad.write_bytes(GARBAGE[name])
+    uploads, out = upload_paths(full), full.folder / "out.npz"
+    server, alice = full.key("server"), full.key("alice")
+    for arguments in (
+        ("aggregate", bad, *uploads, "--key", server),
+        ("aggregate", *uploads, "--model", bad, "--key", server),
+        ("aggregate", *uploads, "--initial", bad, "--key", server),
+        ("release-model", bad, "--key", server),
+        ("open-model", bad, "--key", alice),
+        ("encrypt-grads", bad, "--round", 5, "--key", alice),
+        ("encrypt-grads", full.folder / "w0.safetensors", "--model", bad, "--key", alice),
+        ("open-model", full.folder / "result.release", "--key", bad),
+        ("open-model", full.folder / "result.release", "--key", alice, "--job", bad),
+        ("compute-grads", "--model", bad, "--data", bad),
+    ):
+        full.dtl(*arguments, "-o", out, code=3)
+        assert not out.exists()
+    for arguments in (("inspect", bad), ("evaluate", "--model", bad, "--data", bad)):
+        full.dtl(*arguments, code=3)
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.3, 0.9, 0.9999])
+def test_truncated_files(full: Round, share: float) -> None:
+    bad = full.folder / "bad"
+    for name, arguments in (
+        ("alice.upload", ("aggregate", bad, "--key", full.key("server"))),
+        ("result.enc", ("release-model", bad, "--key", full.key("server"))),
+        ("result.release", ("open-model", bad, "--key", full.key("alice"))),
+        ("w0.safetensors", ("encrypt-grads", bad, "--round", 4, "--key", full.key("alice"))),
+    ):
+        data = (full.folder / name).read_bytes()
+        bad.write_bytes(data[: int(len(data) * share)])
+        full.dtl(*arguments, "-o", full.folder / "out.npz", code=3)
+        bad.write_bytes(data + b"\0")
+        full.dtl(*arguments, "-o", full.folder / "out.npz", code=3)
+
+
+def test_a_job_file_edited_by_hand(full: Round) -> None:
+    path = full.keys / "job.json"
+    original = path.read_bytes()
+    plain = json.loads(original)
+    release, out = full.folder / "result.release", full.folder / "out.npz"
+    edits: dict[str, object] = {
+        "min_contributors": 2,
+        "slot_bits": 25,
+        "masks": True,
+        "id": "0" * 32,
+        "security": "128",
+        "participants": plain["participants"][:2],
+        "server": plain["kgc"],
+    }
+    for field, value in edits.items():
+        path.write_bytes(canonical_json.dumps(plain | {field: value}))
+        code = run_code(full, ("open-model", release, "--key", full.key("alice"), "-o", out))
+        assert code in (3, 4), field
+    for place in range(0, len(original), 211):
+        changed = bytearray(original)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        code = run_code(full, ("open-model", release, "--key", full.key("alice"), "-o", out))
+        assert code in (3, 4), place
+    path.write_bytes(json.dumps(plain, indent=1).encode())
+    full.dtl("open-model", release, "--key", full.key("alice"), "-o", out, code=3)
+    path.unlink()
+    full.dtl("open-model", release, "--key", full.key("alice"), "-o", out, code=2)
+    assert not out.exists()
+
+
+def test_a_job_signed_by_another_center(new_round: NewRound) -> None:
+    ours, theirs = new_round(folder="ours"), new_round(folder="theirs")
+    gradients = ours.save("g.safetensors", random_arrays(1))
+    job = ("--job", theirs.keys / "job.json")
+    key = ("--key", ours.key("alice"), "--round", 1, "-o", "u")
+    ours.dtl("encrypt-grads", gradients, *job, *key, code=4)
+
+
+def test_keys_of_the_wrong_party(full: Round) -> None:
+    out = full.folder / "out.npz"
+    gradients = full.folder / "w0.safetensors"
+    uploads = upload_paths(full)
+    for arguments in (
+        ("encrypt-grads", gradients, "--round", 9, "--key", full.key("server")),
+        ("open-model", full.folder / "result.release", "--key", full.key("kgc")),
+        ("aggregate", *uploads, "--key", full.key("alice")),
+        ("release-model", full.folder / "result.enc", "--key", full.key("alice")),
+    ):
+        full.dtl(*arguments, "-o", out, code=5)
+
+
+def test_swapped_secrets_are_noticed(full: Round) -> None:
+    alice, bob = (json.loads(full.key(name).read_bytes()) for name in ("alice", "bob"))
+    for field in ("sign", "hpke", "name"):
+        mixed = full.keys / "mixed.key"
+        mixed.write_bytes(canonical_json.dumps(alice | {field: bob[field]}))
+        mixed.chmod(0o600)
+        out = full.folder / "out.npz"
+        full.dtl("open-model", full.folder / "result.release", "--key", mixed, "-o", out, code=4)
+
+
+def test_passphrases(new_round: NewRound, dtl: Cli, tmp_path: Path) -> None:
+    right, wrong, empty = (tmp_path / name for name in ("right", "wrong", "empty"))
+    right.write_text("correct horse\n")
+    wrong.write_text("incorrect horse\n")
+    empty.write_text("\n")
+    round_ = new_round(("alice", "bob"), "--passphrase-file", right, "--min-contributors", 2)
+    key = round_.key("alice")
+    text = key.read_text()
+    assert "participant_seed" not in text
+    gradients = round_.save("g.safetensors", random_arrays(1))
+    common = ("encrypt-grads", gradients, "--round", 1, "--key", key, "-o", tmp_path / "u")
+    dtl(*common, "--passphrase-file", wrong, code=5)
+    dtl(*common, "--passphrase-file", empty, code=2)
+    dtl(*common, "--passphrase-file", tmp_path / "none", code=2)
+    dtl(*common, code=2)  # no terminal to ask on
+    dtl(*common, "--passphrase-file", right)
+    box = json.loads(text)
+    box["box"]["sealed"] = primitives.encode_base64(bytes(200))
+    other = round_.keys / "other.key"
+    other.write_bytes(canonical_json.dumps(box))
+    other.chmod(0o600)
+    dtl(
+        "open-model",
+        tmp_path / "u",
+        "--key",
+        other,
+        "--passphrase-file",
+        right,
+        "-o",
+        "x.npz",
+        code=4,
+    )
+
+
+def test_ledgers_are_needed_and_checked(round_: Round) -> None:
+    round_.upload("alice", random_arrays(1))
+    round_.upload("alice", random_arrays(1), "--round", 2, out="2")
+    ledger = round_.keys / "alice.ledger"
+    original = ledger.read_bytes()
+    lines = original.splitlines(keepends=True)
+    assert len(lines) == 3
+    for changed in (
+        lines[0] + lines[2],
+        lines[1] + lines[2],
+        lines[0] + lines[2] + lines[1],
+        b"",
+        original.replace(b'"round":1', b'"round":7'),
+        (round_.keys / "bob.ledger").read_bytes(),
+    ):
+        ledger.write_bytes(changed)
+        round_.upload("alice", random_arrays(1), "--round", 3, out="3", code=4)
+        assert ledger.read_bytes() == changed
+    ledger.unlink()
+    round_.upload("alice", random_arrays(1), "--round", 3, out="3", code=5)
+    assert not ledger.exists()
+    ledger.write_bytes(original + b'{"torn')  # a crash while a line was written
+    round_.upload("alice", random_arrays(1), "--round", 3, out="3")
+    assert ledger.read_bytes().startswith(original + b'{"base"')
+    round_.upload("alice", random_arrays(1), "--round", 3, out="4", code=5)
+
+
+def test_outputs_are_not_overwritten_without_force(full: Round, dtl: Cli) -> None:
+    release = full.folder / "result.release"
+    out = full.folder / "precious.npz"
+    out.write_text("precious")
+    dtl("open-model", release, "--key", full.key("alice"), "-o", out, code=2)
+    assert out.read_text() == "precious"
+    dtl("open-model", release, "--key", full.key("bob"), "-o", out, "--force")
+    assert out.read_bytes()[:2] == b"PK"
+    link = full.folder / "link.npz"
+    link.symlink_to(full.folder / "elsewhere.npz")
+    for force in ((), ("--force",)):
+        dtl("open-model", release, "--key", full.key("alice"), "-o", link, *force, code=2)
+    assert not (full.folder / "elsewhere.npz").exists()
+    full.dtl("keygen", full.keys, "--participants", "a,b,c", "--no-masks", code=2)
+    out = full.folder / "none" / "out.npz"
+    dtl("open-model", release, "--key", full.key("alice"), "-o", out, code=2)
+    dtl("open-model", release, "--key", full.key("alice"), "-o", full.folder / "x.txt", code=2)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--participants", "a,b,a"),
+        ("--participants", "server,b,c"),
+        ("--participants", "Alice,b,c"),
+        ("--participants", "../a,b,c"),
+        ("--participants", "a,,c"),
+        ("--participants", "a,b"),
+        ("--participants", "a,b,c", "--min-contributors", 4),
+        ("--participants", "a,b,c", "--min-contributors", 1),
+        ("--participants", "a,b,c", "--modulus-bits", 512),
+        ("--participants", "a,b,c", "--modulus-bits", 4096),
+        ("--participants", "a,b,c", "--modulus-bits", 520, "--insecure"),
+        ("--participants", "a,b,c", "--slot-bits", 3),
+        ("--participants", "a,b,c", "--slot-bits", 60),
+        ("--participants", "a,b,c", "--fraction-bits", 23),
+        ("--participants", "a,b,c", "--nonsense"),
+        (),
+    ],
+)
+def test_keygen_usage(dtl: Cli, tmp_path: Path, options: tuple[object, ...]) -> None:
+    dtl("keygen", tmp_path / "job", "--no-masks", *options, code=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        (),
+        ("--round", 0),
+        ("--round", 1 << 32),
+        ("--round", 1, "--weight", "nan"),
+        ("--round", 1, "--weight", 0),
+        ("--round", 1, "--lr", "inf"),
+        ("--round", 1, "--rounding", "nearest", "--rounding-seed", "1"),
+        ("--round", 1, "--workers", 0),
+        ("--model", "nowhere"),
+    ],
+)
+def test_encrypt_usage(round_: Round, options: tuple[object, ...]) -> None:
+    gradients = round_.save("g.safetensors", random_arrays(1))
+    out = round_.folder / "u"
+    common = ("encrypt-grads", gradients, "--key", round_.key("alice"), "-o", out)
+    round_.dtl(*common, *options, code=2)
+    assert not out.exists()
+
+
+def test_gradients_must_fit_their_model(round_: Round) -> None:
+    w0 = round_.save("w0.safetensors", random_arrays(9))
+    arrays: Arrays = {"x": np.ones(3, np.float32)}
+    round_.upload("alice", arrays, "--model", w0, code=3)
+    round_.upload("alice", {"x": np.ones(3, np.int32)}, code=3)
+
+
+def test_weights_are_not_encrypted_by_mistake(round_: Round, dtl: Cli) -> None:
+    dtl("split-data", "digits", "--participants", "a", "--out", round_.folder / "shards")
+    w0, out = round_.folder / "w0.npz", round_.folder / "u"
+    dtl("init-model", "--data", round_.folder / "shards" / "a.npz", "-o", w0)
+    dtl("encrypt-grads", w0, "--key", round_.key("alice"), "-o", out, code=3)
+    edited = dict(np.load(w0))
+    edited["layer1.bias"] += 1
+    np.savez(w0, **edited)
+    model = ("--model", w0, "--data", round_.folder / "shards" / "a.npz")
+    dtl("compute-grads", *model, "-o", round_.folder / "g.npz", code=4)
+
+
+def test_special_files_are_refused_without_waiting(round_: Round, dtl: Cli, tmp_path: Path) -> None:
+    import os
+
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for bad in (pipe, tmp_path, tmp_path / "none", Path("/dev/zero")):
+        dtl("inspect", bad, code=2)
+        dtl("encrypt-grads", bad, "--round", 1, "--key", round_.key("alice"), "-o", "u", code=2)
+        dtl("aggregate", bad, "--key", round_.key("server"), "-o", "u", code=2)
+        dtl("aggregate", bad, "--key", bad, "-o", "u", code=2)
