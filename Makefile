@@ -20,6 +20,9 @@ check: $(VENV)/.dev .links
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+bench: $(VENV)/.test
+	$(BIN)/python tests/bench.py
+
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -exec rm -rf {} +

@@ -64,6 +64,8 @@ class JobOptions:
                 f"min contributors: expected {MIN_CONTRIBUTORS} to {len(names)} "
                 f"(the participants), found {self.min_contributors}"
             )
+        if self.masks:
+            raise UsageError("masks are not built yet", "say --no-masks")
         check_modulus_bits(self.modulus_bits, self.insecure)
         FixedPoint(self.slot_bits, self.fraction_bits, len(names))
         Packing(1 << (self.modulus_bits - 1), self.slot_bits)

@@ -1,0 +1,83 @@
+"""The README's and the demo's commands run as they stand, at full size, from real processes."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def shell_blocks() -> list[str]:
+    return re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
+
+
+def environment() -> dict[str, str]:
+    """The environment with the `dtl` beside this Python first."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("DTL_")}
+    return clean | {"PATH": path}
+
+
+@pytest.mark.full
+def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
+    assert shutil.which("dtl", path=environment()["PATH"])
+    tour = [block for block in shell_blocks() if block.lstrip().startswith(("dtl", "for"))]
+    assert len(tour) == 2
+    done = subprocess.run(
+        ["sh", "-eux"],
+        input="\n".join(tour),
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    scores = [float(score) for score in re.findall(r"^accuracy +([0-9.]+)", done.stdout, re.M)]
+    assert len(scores) == 2
+    assert scores[0] > 0.3
+    assert scores[1] > 0.9
+    assert "may open" in done.stdout
+
+
+def test_the_two_commands_are_make_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", shell_blocks()[0], re.M):
+        assert re.search(rf"^{target}:", makefile, re.M)
+
+
+def test_every_command_is_in_the_readme_and_helps_with_an_example() -> None:
+    listed = subprocess.run(
+        ["dtl", "--help"],
+        env=environment() | {"COLUMNS": "100"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    commands = re.findall(r"^│ ([a-z]+(?:-[a-z]+)*) {2,}", listed, re.M)
+    assert len(commands) >= 10
+    for command in commands:
+        assert f"`{command}`" in README, command
+        shown = subprocess.run(
+            ["dtl", command, "--help"],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert "Example:" in shown, command
+        assert f"dtl {command} " in shown.split("Example:")[1], command
+
+
+def test_links_lead_somewhere() -> None:
+    for document in ROOT.glob("**/*.md"):
+        if ".venv" in document.parts:
+            continue
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
+            assert (document.parent / link).exists(), f"{document}: {link}"
