@@ -22,7 +22,10 @@ EXAMPLE = """Example:
   dtl aggregate alice.upload bob.upload carol.upload --key job/server.key
   --initial w0.safetensors -o model-1.enc
 
-  dtl aggregate *.upload --key job/server.key --model model-1.enc -o model-2.enc"""
+  dtl aggregate *.upload --key job/server.key --model model-1.enc -o model-2.enc
+
+  dtl aggregate alice.upload bob.upload carol.upload --key job/server.key
+  --close round-1.close --reveals alice.reveal bob.reveal carol.reveal -o sum-1.enc"""
 
 
 def aggregate(
@@ -39,6 +42,18 @@ def aggregate(
         Path | None,
         typer.Option(
             help="Public initial weights, in the first round of a model.", show_default=False
+        ),
+    ] = None,
+    close: Annotated[
+        Path | None,
+        typer.Option(help="The close file, when somebody is missing.", show_default=False),
+    ] = None,
+    reveals: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="R...",
+            help="With --close: the reveals of everyone who is in.",
+            show_default=False,
         ),
     ] = None,
     skip_invalid: Annotated[
@@ -58,7 +73,8 @@ def aggregate(
     output = Output(json, quiet)
     opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
     with output.work(workers) as work:
-        report = server.aggregate(opened, uploads, out, model, initial, skip_invalid, force, work)
+        given = server.Round(model, initial, close, reveals or (), skip_invalid)
+        report = server.aggregate(opened, uploads, out, given, force, work)
     header = report.header
     output.show(
         result=str(out),

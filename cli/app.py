@@ -11,6 +11,8 @@ from typing import Annotated, Any
 import typer
 from dtl.cli import (
     aggregate,
+    audit,
+    close_round,
     compute_grads,
     encrypt_grads,
     evaluate,
@@ -19,12 +21,15 @@ from dtl.cli import (
     keygen,
     open_model,
     release_model,
+    reveal_masks,
     split_data,
     terminal,
+    verify,
 )
 from dtl.core.errors import DtlError, UsageError
 
 DEBUG_VARIABLE = "DTL_DEBUG"
+_MANY = ("--reveals", "--uploads")  # options that take several files
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 KGC, PARTICIPANT, SERVER, ANYONE = (
@@ -52,12 +57,16 @@ def _add(panel: str, function: Callable[..., None], example: str) -> None:
 
 
 _add(KGC, keygen.keygen, keygen.EXAMPLE)
+_add(KGC, audit.audit, audit.EXAMPLE)
 _add(PARTICIPANT, compute_grads.compute_grads, compute_grads.EXAMPLE)
 _add(PARTICIPANT, encrypt_grads.encrypt_grads, encrypt_grads.EXAMPLE)
+_add(PARTICIPANT, reveal_masks.reveal_masks, reveal_masks.EXAMPLE)
 _add(PARTICIPANT, open_model.open_model, open_model.EXAMPLE)
 _add(SERVER, aggregate.aggregate, aggregate.EXAMPLE)
+_add(SERVER, close_round.close_round, close_round.EXAMPLE)
 _add(SERVER, release_model.release_model, release_model.EXAMPLE)
 _add(ANYONE, inspect.inspect, inspect.EXAMPLE)
+_add(ANYONE, verify.verify, verify.EXAMPLE)
 _add(ANYONE, split_data.split_data, split_data.EXAMPLE)
 _add(ANYONE, init_model.init_model, init_model.EXAMPLE)
 _add(ANYONE, evaluate.evaluate, evaluate.EXAMPLE)
@@ -89,7 +98,8 @@ def run(arguments: list[str] | None = None) -> int:
     terminal.set_up_warnings()
     try:
         command = typer.main.get_command(app)
-        result = command.main(args=arguments, prog_name="dtl", standalone_mode=False)
+        spread = _spread(sys.argv[1:] if arguments is None else arguments)
+        result = command.main(args=spread, prog_name="dtl", standalone_mode=False)
     except typer.Exit as error:
         result = error.exit_code
     except typer.Abort:
@@ -101,6 +111,23 @@ def run(arguments: list[str] | None = None) -> int:
     if result == _INTERRUPTED:
         raise KeyboardInterrupt
     return result if isinstance(result, int) else 0
+
+
+def _spread(arguments: list[str]) -> list[str]:
+    """Write `--reveals A B C` as `--reveals A --reveals B --reveals C`.
+
+    These options take all that follows up to the next option, which typer cannot express.
+    """
+    spread: list[str] = []
+    option = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            option = argument if argument in _MANY else None
+            if option is None:
+                spread.append(argument)
+        else:
+            spread += [option, argument] if option else [argument]
+    return spread
 
 
 def _explain(error: Exception) -> DtlError:

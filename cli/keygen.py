@@ -16,7 +16,7 @@ from dtl.cli.options import (
 
 EXAMPLE = """Example:
 
-  dtl keygen job --participants alice,bob,carol --no-masks
+  dtl keygen job --participants alice,bob,carol
 
   ls job   # job.json goes to everyone, each NAME.key with its NAME.ledger to NAME only"""
 

@@ -2,7 +2,7 @@
 
 import getpass
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +73,15 @@ class Output:
     def show(self, **result: Any) -> None:
         """Print the result."""
         terminal.show_result(result, self.as_json, self.quiet)
+
+    def show_many(self, name: str, results: Sequence[Mapping[str, Any]]) -> None:
+        """Print several results: one JSON object that lists them, or a table each."""
+        if self.as_json:
+            terminal.show_result({name: results}, True, self.quiet)
+        else:
+            for result in results:
+                terminal.show_result({**result}, False, self.quiet)
+                terminal.show_blank_line(self.quiet)
 
     @contextmanager
     def work(self, workers: int | None) -> Iterator[Work]:

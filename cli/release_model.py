@@ -21,7 +21,9 @@ EXAMPLE = """Example:
 
   dtl release-model model-1.enc --key job/server.key -o model-1.release
 
-  dtl release-model model-1.enc --key job/server.key --to alice,bob -o model-1.release"""
+  dtl release-model model-1.enc --key job/server.key --to alice,bob -o model-1.release
+
+  dtl release-model model-1.enc --key job/server.key --admit dave -o model-1.release"""
 
 
 def release_model(
@@ -39,6 +41,31 @@ def release_model(
             show_default=False,
         ),
     ] = None,
+    min_rounds: Annotated[
+        int | None,
+        typer.Option(help="Only to who contributed to so many rounds.", show_default=False),
+    ] = None,
+    min_share: Annotated[
+        float | None,
+        typer.Option(
+            help="Only to who contributed to this share of the model's rounds.",
+            show_default=False,
+        ),
+    ] = None,
+    admit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Let somebody in, once, who could not contribute yet.",
+            show_default=False,
+        ),
+    ] = None,
+    accept_differencing: Annotated[
+        bool,
+        typer.Option(
+            "--accept-differencing", help="Allow a second result on one base (a void round)."
+        ),
+    ] = False,
     job: JobOption = None,
     passphrase_file: PassphraseOption = None,
     force: ForceOption = False,
@@ -52,13 +79,20 @@ def release_model(
 
     output = Output(json, quiet)
     opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
-    wanted = options.names(to, "--to") if to is not None else None
+    policy = server.Policy(
+        to=options.names(to, "--to") if to is not None else None,
+        min_rounds=min_rounds,
+        min_share=min_share,
+        admit=options.names(admit, "--admit") if admit is not None else (),
+        accept_differencing=accept_differencing,
+    )
     with output.work(workers) as work:
-        report = server.release(opened, result, out, wanted, force, work)
+        report = server.release(opened, result, out, policy, force, work)
     output.show(
         release=str(out),
         digest=report.digest,
         of=report.header.of,
         round=report.header.round,
         may_open=list(report.header.names),
+        admitted=list(report.header.admitted),
     )

@@ -76,6 +76,12 @@ def show_result(result: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
         Console(highlight=False).print(table)
 
 
+def show_blank_line(quiet: bool) -> None:
+    """Set results apart."""
+    if not quiet:
+        sys.stdout.write("\n")
+
+
 def _rows(label: str, value: Any) -> Iterator[tuple[str, str]]:
     match value:
         case dict() if value:

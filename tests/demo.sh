@@ -12,7 +12,7 @@ party() { printf '\n== %s\n' "$*"; }
 run() { printf '\n$ %s\n' "$*"; "$@"; }
 
 party "Key generation center: makes the job, hands out the keys, goes offline"
-run dtl keygen job --participants alice,bob,carol --no-masks
+run dtl keygen job --participants alice,bob,carol
 
 party "Everybody: a shard of the data each, and public initial weights"
 run dtl split-data digits --participants alice,bob,carol --out shards

@@ -19,6 +19,7 @@ FLOORS = [
     "dtl.datasets",
     "dtl.core.files",
     "dtl.core.parallel",
+    "dtl.core.public",
     "dtl.core.roles",
     "dtl.core.learning",
     "dtl.cli",

@@ -1,6 +1,5 @@
 """What is refused, with which exit code; nothing is ever left behind under the output's name."""
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,9 +8,9 @@ import numpy as np
 import pytest
 from dtl.core.crypto import primitives
 from dtl.core.files import canonical_json
-from dtl.core.files.container import Container, file_digest
-from dtl.core.files.safetensors import build_header
+from dtl.core.files.container import Container
 
+from tests.forging import resign
 from tests.helpers import Arrays, Cli, Round, random_arrays
 
 NewRound = Callable[..., Round]
@@ -87,20 +86,6 @@ def run_code(round_: Round, arguments: tuple[object, ...]) -> int:
     return app.run([str(argument) for argument in arguments])
 
 
-def resign(path: Path, changes: dict[str, object], secret: bytes, out: Path) -> Path:
-    """The file with a changed header and a valid signature: a malicious signer's file."""
-    with Container(path) as container:
-        header = canonical_json.loads(container.raw_header, "") | changes
-        raw = canonical_json.dumps(header)
-        tensors = {name: b"".join(container.chunks(name)) for name in container.tensors}
-        shapes = [(t.name, "U8", t.shape) for t in container.tensors.values()]
-    hashes = {name: hashlib.sha512(data).digest() for name, data in tensors.items()}
-    signature = primitives.sign(secret, str(header["kind"]), file_digest(raw, hashes))
-    outer = build_header({"dtl": raw.decode(), "signature": signature.hex()}, shapes)
-    out.write_bytes(outer + b"".join(tensors[name] for name in sorted(tensors)))
-    return out
-
-
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
@@ -129,7 +114,7 @@ def test_a_validly_signed_upload_of_something_else(
     bad = resign(alice, changes, full.opened_key("alice").secrets.sign, full.folder / "bad")
     full.aggregate([*others, bad], out="out.enc", code=code)
     initial = ("--initial", full.folder / "w0.safetensors")
-    full.aggregate([bad, *others], *initial, out="out.enc", code=code)
+    full.aggregate([*others, bad], *initial, out="out.enc", code=code)
 
 
 @pytest.mark.parametrize("value", ["zero", "modulus", "factor"])
@@ -150,8 +135,11 @@ def test_a_signed_upload_with_a_bad_residue(full: Round, value: str) -> None:
 def test_an_upload_given_twice_and_two_of_one_participant(full: Round) -> None:
     alice, bob, carol = upload_paths(full)
     full.aggregate([alice, bob, carol, alice], out="out.enc", code=5)
-    secret = full.opened_key("alice").secrets.sign
-    second = resign(alice, {"created": "2020-01-01T00:00:00Z"}, secret, full.folder / "second")
+    # A participant with a copy of its ledger can make a second one; the server refuses it.
+    ledger = full.keys / "alice.ledger"
+    ledger.write_bytes(ledger.read_bytes().split(b"\n")[0] + b"\n")
+    w0 = full.folder / "w0.safetensors"
+    second = full.upload("alice", random_arrays(5), "--model", w0, out="second")
     full.aggregate([alice, bob, carol, second], out="out.enc", code=5)
     # ... nor in place of the one that was accepted before, in another run.
     full.aggregate([second, bob, carol], out="out.enc", code=5)

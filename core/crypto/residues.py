@@ -166,6 +166,13 @@ class Arithmetic:
         )
         return _bytes(result, *self._shape(residues))
 
+    def subtract_blocks(self, residues: Bytes, blocks: Bytes) -> Bytes:
+        """Multiply each residue by (1 + m N)^-1 = 1 + (N - m) N for its block m in [0, N)."""
+        negated = _bytes(
+            (-m % self._n for m in _numbers(blocks)), self.block_width, *blocks.shape[:-1]
+        )
+        return self.add_blocks(residues, negated)
+
     def shared_base_powers(self, bases: Bytes, exponents: Sequence[int]) -> Bytes:
         """Raise every base to all exponents: [G, width] -> [G, len(exponents), width].
 
@@ -194,6 +201,39 @@ class Arithmetic:
                 held = buckets[digit]
                 buckets[digit] = value if held is None else _multiply(held, value, n)
         return _running_products(buckets, n)
+
+    def weighted_products(self, batch: Bytes, weights: Bytes) -> Bytes:
+        """prod over i of batch[i, k]^weights[i]: [G, K, width], [G, bytes] -> [K, width].
+
+        Pippenger's buckets: for every window of the weights' bits, each base goes into the
+        bucket of its digit, and running products raise bucket d to the d.
+        """
+        count, columns = batch.shape[:2]
+        bits = 8 * weights.shape[-1]
+        window = min(range(1, 16), key=lambda w: -(-bits // w) * (count + (2 << w)))
+        digits = _windows(weights, window)
+        pairs = [self._pair(number) for number in _numbers(batch)]
+        out = [
+            self._number(self._bucket_product(pairs[column::columns], digits, window))
+            for column in range(columns)
+        ]
+        return _bytes(out, self.width, columns)
+
+    def _bucket_product(self, bases: list[Pair], digits: list[list[int]], window: int) -> Pair:
+        n = self._n
+        result: Pair | None = None
+        for row in digits:
+            if result is not None:
+                for _ in range(window):
+                    result = _square(result, n)
+            buckets: list[Pair | None] = [None] * (1 << window)
+            for base, digit in zip(bases, row, strict=True):
+                if digit:
+                    held = buckets[digit]
+                    buckets[digit] = base if held is None else _multiply(held, base, n)
+            product = _running_products(buckets, n)
+            result = product if result is None else _multiply(result, product, n)
+        return _ONE if result is None else result
 
     def logarithms(self, residues: Bytes) -> Bytes:
         """L(u) of residues that must be 1 or -1 modulo N: [..., width] -> [..., block_width].
@@ -330,6 +370,16 @@ def _best_comb(bits: int, uses: int, max_entries: int) -> tuple[int, int]:
 def _digits(exponent: int, bits: int) -> list[int]:
     mask = (1 << bits) - 1
     return [(exponent >> shift) & mask for shift in range(0, exponent.bit_length(), bits)]
+
+
+def _windows(exponents: Bytes, window: int) -> list[list[int]]:
+    """The digits of exponents [G, bytes] in base 2^window: a list a window, highest first."""
+    bits = np.unpackbits(exponents, axis=-1, bitorder="little")
+    rows = -(-bits.shape[1] // window)
+    padded = np.zeros((len(bits), rows * window), np.int64)
+    padded[:, : bits.shape[1]] = bits
+    digits = padded.reshape(len(bits), rows, window) @ (1 << np.arange(window))
+    return [row.tolist() for row in digits.T[::-1]]
 
 
 class PaillierArithmetic:

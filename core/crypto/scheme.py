@@ -16,6 +16,7 @@ from functools import lru_cache
 import numpy as np
 from dtl.core.crypto.group import PublicKey, StrongTrapdoor
 from dtl.core.crypto.residues import Bytes, FixedBaseTable, PaillierArithmetic
+from numpy.typing import NDArray
 
 
 def fresh_randomness(key: PublicKey, groups: int) -> Bytes:
@@ -77,6 +78,21 @@ def open_blocks(key: PublicKey, residues: Bytes) -> Bytes:
     Raises VerificationError when any block does not open: a wrong key or a damaged file.
     """
     return key.arithmetic.logarithms(residues[:, 1:])
+
+
+def well_formed(
+    key: PublicKey, residues: Bytes, blocks: Bytes, exponents: Sequence[int]
+) -> NDArray[np.bool_]:
+    """Which groups are encryptions of these blocks: bool [G].
+
+    (c_j (1 + m_j N)^-1)^2 = (c_0^x_j)^2 for j = 1..7, with x_j = a_j + b_j and m_j as the
+    strong trapdoor opened it (protocol, section 4).
+    """
+    bare = key.arithmetic.subtract_blocks(residues[:, 1:], blocks)
+    powers = key.arithmetic.shared_base_powers(residues[:, 0], exponents)
+    squares = [key.arithmetic.product([side, side]) for side in (bare, powers)]
+    same: NDArray[np.bool_] = (squares[0] == squares[1]).all(axis=(1, 2))
+    return same
 
 
 def strong_open(trapdoor: StrongTrapdoor, residues: Bytes) -> Bytes:

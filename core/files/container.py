@@ -36,6 +36,7 @@ class Container(SafetensorsFile):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
+        self._hashes: dict[str, bytes] | None = None
         try:
             self._check_spelling()
         except BaseException:
@@ -78,6 +79,15 @@ class Container(SafetensorsFile):
 
     def digest(self, progress: ProgressCallback = silent) -> bytes:
         """The digest of the file: what is signed, and what other files name it by."""
+        return file_digest(self.raw_header, self._hash_tensors(progress))
+
+    def tensor_hash(self, name: str) -> bytes:
+        """SHA-512 of a tensor's bytes."""
+        return self._hash_tensors(silent)[name]
+
+    def _hash_tensors(self, progress: ProgressCallback) -> dict[str, bytes]:
+        if self._hashes is not None:
+            return self._hashes
         done, hashes = 0, {}
         for name in sorted(self.tensors):
             state = hashlib.sha512()
@@ -86,7 +96,8 @@ class Container(SafetensorsFile):
                 done += len(chunk)
                 progress(f"hash {self.path.name}", done, self.size - len(self.header))
             hashes[name] = state.digest()
-        return file_digest(self.raw_header, hashes)
+        self._hashes = hashes
+        return hashes
 
     def verify(self, kind: str, public_key: bytes, progress: ProgressCallback = silent) -> bytes:
         """Check the signature; returns the digest. Raises VerificationError."""
@@ -100,6 +111,12 @@ class Container(SafetensorsFile):
         count = tensor.shape[0]
         width = tensor.length // count if count else 0
         return Rows(self.path, tensor.start, width, self.stamp)
+
+
+def is_container(path: Path) -> bool:
+    """Whether a safetensors file is a bulk file of dtl's rather than plain tensors."""
+    with SafetensorsFile(path) as file:
+        return {HEADER_KEY, SIGNATURE_KEY} <= set(file.metadata)
 
 
 @dataclass(frozen=True)
@@ -158,6 +175,10 @@ class ContainerWriter:
         self._hashes[name].update(data)
         self._output.write_at(data, self._place[name])
         self._place[name] += len(data)
+
+    def tensor_hash(self, name: str) -> bytes:
+        """SHA-512 of what has been written to a tensor."""
+        return self._hashes[name].digest()
 
     def finish(self, kind: str, signing_key: bytes) -> bytes:
         """Sign; returns the digest of the file."""

@@ -113,7 +113,7 @@ class Job(Document):
     @cached_property
     def digest(self) -> str:
         """H(fields("dtl/v1/job", canonical JSON without the signature)), in hex."""
-        return job_digest(self.plain())
+        return signed_digest("job", self.plain())
 
     @cached_property
     def roster_digest(self) -> str:
@@ -150,6 +150,13 @@ class Job(Document):
         """The participant of that name."""
         return next((p for p in self.participants if p.name == name), None)
 
+    def signing_key(self, signer: str) -> bytes | None:
+        """The public signing key of the server or of a participant."""
+        if signer == SERVER:
+            return self.server.sign
+        participant = self.participant(signer)
+        return participant.sign if participant else None
+
     def groups(self, values: int) -> int:
         """Groups that hold `values` values."""
         return -(-values // (COMPONENTS * self.packing.slots))
@@ -164,10 +171,10 @@ class Job(Document):
         return self.groups(values), COMPONENTS + 1, self.public_key.arithmetic.width
 
 
-def job_digest(plain: Mapping[str, Any]) -> str:
-    """The job digest of a job file's JSON, whether it has a signature yet or not."""
+def signed_digest(kind: str, plain: Mapping[str, Any]) -> str:
+    """The digest of a signed JSON document, whether it has its signature yet or not."""
     unsigned = {key: value for key, value in plain.items() if key != "signature"}
-    return primitives.hash_fields("dtl/v1/job", canonical_json.dumps(unsigned)).hex()
+    return primitives.hash_fields(f"dtl/v1/{kind}", canonical_json.dumps(unsigned)).hex()
 
 
 # --- key files -------------------------------------------------------------------------------

@@ -51,6 +51,26 @@ class OpenEntry(Document):
     result: Digest
     parent: Digest | None
     opened: Digest
+    admitted: tuple[Name, ...]
+
+
+class RevealEntry(Document):
+    """A participant revealed its masks with the missing of a round."""
+
+    event: Literal["reveal"]
+    round: Round
+    close: Digest
+
+
+class CloseEntry(Document):
+    """The server closed a round; `created` as in AggregateEntry."""
+
+    event: Literal["close"]
+    round: Round
+    base: Digest | None
+    uploads: dict[Name, Digest]
+    digest: Digest
+    created: Timestamp
 
 
 class AggregateEntry(Document):
@@ -66,6 +86,7 @@ class AggregateEntry(Document):
     uploads: dict[Name, Digest]
     content: Digest
     created: Timestamp
+    result: Digest
 
 
 class ReleaseEntry(Document):
@@ -82,6 +103,8 @@ class ReleaseEntry(Document):
 _ENTRIES: dict[str, type[Document]] = {
     "upload": UploadEntry,
     "open": OpenEntry,
+    "reveal": RevealEntry,
+    "close": CloseEntry,
     "aggregate": AggregateEntry,
     "release": ReleaseEntry,
 }

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import count, repeat
 from pathlib import Path
 
-from dtl.core.crypto import primitives
+from dtl.core.crypto import masks, primitives
 from dtl.core.crypto.group import (
     StrongTrapdoor,
     check_modulus_bits,
@@ -64,8 +64,6 @@ class JobOptions:
                 f"min contributors: expected {MIN_CONTRIBUTORS} to {len(names)} "
                 f"(the participants), found {self.min_contributors}"
             )
-        if self.masks:
-            raise UsageError("masks are not built yet", "say --no-masks")
         check_modulus_bits(self.modulus_bits, self.insecure)
         FixedPoint(self.slot_bits, self.fraction_bits, len(names))
         Packing(1 << (self.modulus_bits - 1), self.slot_bits)
@@ -136,7 +134,7 @@ def _make_documents(
     held: dict[str, documents.ParticipantSecrets] = {
         name: documents.ParticipantSecrets(
             participant_seed=center.participant_seed,
-            mask_seeds={},
+            mask_seeds=_mask_seeds(center.mask_root, job_id, name, names) if options.masks else {},
             sign=_fresh(),
             hpke=primitives.hpke_generate(),
         )
@@ -168,11 +166,20 @@ def _make_documents(
         ],
         "kgc": _public(center.sign),
     }
-    digest = bytes.fromhex(documents.job_digest(unsigned))
+    digest = bytes.fromhex(documents.signed_digest("job", unsigned))
     signature = primitives.sign(center.sign, "job", digest)
     plain = unsigned | {"signature": primitives.encode_base64(signature)}
     job = Job.decode(canonical_json.dumps(plain), "job.json")
     return job, center, {SERVER: server, **held}
+
+
+def _mask_seeds(root: bytes, job_id: bytes, own: str, names: Sequence[str]) -> dict[str, bytes]:
+    """The seeds that one participant shares with each of the others."""
+    return {
+        other: masks.pair_seed(root, job_id, *sorted((own, other)))
+        for other in names
+        if other != own
+    }
 
 
 def _fresh() -> bytes:

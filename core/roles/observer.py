@@ -6,12 +6,15 @@ from typing import Any
 from dtl.core.errors import DtlError, FormatError, VerificationError
 from dtl.core.files import canonical_json, documents, ledger, tensors
 from dtl.core.files.atomic import read_file, read_start
-from dtl.core.files.container import HEADER_KEY, SIGNATURE_KEY, Container
-from dtl.core.files.documents import SERVER, Job
+from dtl.core.files.closing import Close, Reveal, kind_of
+from dtl.core.files.container import Container, is_container
+from dtl.core.files.documents import Job
 from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
-from dtl.core.files.safetensors import SafetensorsFile
 from dtl.core.files.shards import is_shard, load_shard
+from dtl.core.parallel import Work
 from dtl.core.progress import ProgressCallback, silent
+from dtl.core.public import verification
+from dtl.core.public.verification import Evidence
 
 Description = dict[str, Any]
 _ZIP_MAGIC = b"PK"
@@ -26,21 +29,24 @@ def inspect(path: Path, job: Job | None, progress: ProgressCallback = silent) ->
     """
     start = read_start(path, len(_ZIP_MAGIC))
     if start.startswith(_JSON_START):
-        return _document(path)
+        return _document(path, job)
     if start.startswith(_ZIP_MAGIC):
         return _plain(path)
-    with SafetensorsFile(path) as opened:
-        bulk = {HEADER_KEY, SIGNATURE_KEY} <= set(opened.metadata)
-    return _bulk(path, job, progress) if bulk else _plain(path)
+    return _bulk(path, job, progress) if is_container(path) else _plain(path)
 
 
-def _document(path: Path) -> Description:
+def _document(path: Path, job: Job | None) -> Description:
     data = read_file(path, documents.MAX_DOCUMENT_BYTES)
     if data.count(b"\n"):
         return _ledger(path, data)
     parsed = canonical_json.loads(data, str(path))
-    if isinstance(parsed, dict) and "participants" in parsed:
-        return _job(Job.load(path))
+    match parsed:
+        case {"participants": _}:
+            return _job(Job.load(path))
+        case {"kind": "close"}:
+            return _signed(Close.decode(data, str(path)), job)
+        case {"kind": "reveal"}:
+            return _signed(Reveal.decode(data, str(path)), job)
     pins, rest = documents.split_key(data, str(path))
     return {
         "file": "key (secret)",
@@ -69,6 +75,31 @@ def _job(job: Job) -> Description:
         "roster": job.roster_digest,
         "signature": "valid; by the center that the file itself names",
     }
+
+
+def _signed(document: Close | Reveal, job: Job | None) -> Description:
+    described: Description = {
+        "file": document.kind,
+        "digest": document.digest,
+        "job": document.job,
+        "signer": document.signer,
+        "created": document.created,
+        "round": document.round,
+        "base": document.base,
+    }
+    match document:
+        case Close():
+            described |= {
+                "contributors": list(document.names),
+                "missing": list(document.missing),
+            }
+        case Reveal():
+            described |= {"close": document.close, "missing": sorted(document.keys)}
+    described["signature"] = "not checked: dtl verify does"
+    if job is not None and document.job == job.digest:
+        document.check_signature(job, "the file")
+        described["signature"] = f"valid: {document.signer} of job {job.id[:8]}"
+    return described
 
 
 def _ledger(path: Path, data: bytes) -> Description:
@@ -134,7 +165,7 @@ def _bulk(path: Path, job: Job | None, progress: ProgressCallback) -> Descriptio
             case ReleaseHeader():
                 described |= {
                     "of": header.of,
-                    "may_open": list(header.names),
+                    "may_open": {name: _reason(header, name) for name in header.names},
                     "admitted": list(header.admitted),
                     "manifest": _result(header.manifest),
                 }
@@ -158,13 +189,34 @@ def _result(header: ResultHeader) -> Description:
     }
 
 
+def _reason(header: ReleaseHeader, name: str) -> str:
+    """Why somebody may open a release."""
+    rounds = header.manifest.contributions.get(name)
+    if rounds is None:
+        return "admitted for this one release; has not contributed yet"
+    return f"contributed to {rounds} round{'s' if rounds > 1 else ''} of this model"
+
+
+def verify(path: Path, job: Job, evidence: Evidence, work: Work) -> Description:
+    """Verify any signed file; see `dtl.core.public.verification`."""
+    start = read_start(path, len(_ZIP_MAGIC))
+    if start.startswith(_JSON_START):
+        kind = kind_of(path) or "job"
+        if kind == "job":
+            Job.load(path)
+    else:
+        with Container(path) as container:
+            header = read_header(container, ("upload", "sum", "model", "release"), job.digest)
+            kind = header.kind
+    return verification.verify(path, kind, job, evidence, work)
+
+
 def _signature(container: Container, signer: str, kind: str, job: Job | None) -> str:
     if job is None:
         return "not checked: no job file given or beside it"
     if read_header(container, (kind,), None).job != job.digest:
         return "not checked: the job file is another job's"
-    participant = job.participant(signer)
-    public = job.server.sign if signer == SERVER else participant.sign if participant else None
+    public = job.signing_key(signer)
     if public is None:
         raise FormatError(f"{container.path}: {signer} is not in this job's roster")
     container.verify(kind, public)

@@ -4,11 +4,12 @@ import hashlib
 import math
 import secrets
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from dtl.core.crypto import primitives, scheme
+from dtl.core.crypto import masks, primitives, proof, scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes
 from dtl.core.encoding.fixed_point import Integers, Rounding, headroom_exhausted
@@ -21,7 +22,8 @@ from dtl.core.errors import (
 )
 from dtl.core.files import sealed, tensors
 from dtl.core.files.atomic import AtomicOutput, check_output, finish
-from dtl.core.files.container import RESIDUES, SEALED, Container, ContainerWriter
+from dtl.core.files.closing import Close, Reveal
+from dtl.core.files.container import PROOF, RESIDUES, ContainerWriter
 from dtl.core.files.documents import Job, Key, ParticipantSecrets
 from dtl.core.files.headers import (
     Grant,
@@ -29,14 +31,14 @@ from dtl.core.files.headers import (
     ResultHeader,
     UploadHeader,
     now,
-    read_header,
     same_shapes,
 )
-from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
+from dtl.core.files.ledger import Ledger, OpenEntry, RevealEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensors import PlainMetadata, TensorFile, TensorWriter, VectorDigest
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.progress import ProgressCallback, silent
+from dtl.core.public import results, verification
 
 ENCRYPT_GROUPS = 32  # groups a task
 OPEN_GROUPS = 16
@@ -108,7 +110,7 @@ def encrypt_gradients(
         encoded = _Encoded(job, source, scale, options.rounding)
         for _ in encoded.batches(work.progress):
             pass
-        expected, clamped = encoded.digest, encoded.clamped
+        clamped = encoded.clamped
         with Ledger(key) as ledger:
             done = _check_only_upload(ledger, basis, options.accept_differencing)
             if done is not None:
@@ -118,13 +120,15 @@ def encrypt_gradients(
                         "send that same file again, or go on with the next round",
                     )
                 return UploadReport(header, done, None)
+            blocks = _Blocks(job, encoded, _mask_keys(key, basis))
             with AtomicOutput(output, force) as file:
                 shape = job.residue_shape(header.values)
-                writer = ContainerWriter(file, header.encode(), {RESIDUES: shape})
-                for piece in _encrypted(job, encoded, shape[0], work):
+                shapes = {PROOF: (proof.proof_length(job.public_key, shape[0]),), RESIDUES: shape}
+                writer = ContainerWriter(file, header.encode(), shapes)
+                randomness = scheme.fresh_randomness(job.public_key, shape[0])
+                for piece in _encrypted(job, blocks, randomness, work):
                     writer.write(RESIDUES, piece)
-                if encoded.digest != expected:
-                    raise FormatError(f"{gradients}: the file changed while it was read")
+                _write_proof(key, header, blocks, randomness, writer, work)
                 digest = writer.finish(header.kind, key.secrets.sign)
                 file.seal(digest)
                 ledger.append(
@@ -194,7 +198,10 @@ class _Encoded:
         self.digest, self.clamped = b"", 0
 
     def batches(self, progress: ProgressCallback = silent) -> Iterator[Integers]:
-        """Integers of ENCRYPT_GROUPS groups at a time; sets `digest` and `clamped`."""
+        """Integers of ENCRYPT_GROUPS groups at a time; sets `digest` and `clamped`.
+
+        Raises FormatError when another pass gave other integers: the file has changed.
+        """
         fixed_point, state = self._job.fixed_point, hashlib.sha512()
         size = ENCRYPT_GROUPS * COMPONENTS * self._job.packing.slots
         start = self.clamped = 0
@@ -205,18 +212,83 @@ class _Encoded:
             state.update(integers.tobytes())
             progress("check gradients", start, self._total)
             yield integers
+        if self.digest not in (b"", state.digest()):
+            raise FormatError(f"{self._source.path}: the file changed while it was read")
         self.digest = state.digest()
 
 
-def _encrypted(job: Job, encoded: _Encoded, groups: int, work: Work) -> Iterator[bytes]:
-    def tasks() -> Iterator[tuple[object, ...]]:
-        for integers in encoded.batches():
-            count = job.groups(integers.size)
-            blocks = job.packing.pack(integers, count * COMPONENTS).reshape(count, COMPONENTS, -1)
-            yield job.public_key, blocks, scheme.fresh_randomness(job.public_key, count), groups
+def _mask_keys(key: Key, basis: Basis) -> list[masks.Key]:
+    """This participant's masks for a round: one with every other participant."""
+    return [
+        (masks.sign_of(key.name, other), _round_key(key, basis, other)) for other in _seeds(key)
+    ]
 
+
+def _seeds(key: Key) -> dict[str, bytes]:
+    if not isinstance(key.secrets, ParticipantSecrets):
+        raise NotAllowedError(f"{key.path}: expected a participant's key")
+    return key.secrets.mask_seeds
+
+
+def _round_key(key: Key, basis: Basis, other: str) -> bytes:
+    return masks.round_key(
+        _seeds(key)[other],
+        bytes.fromhex(key.job.digest),
+        basis.round,
+        bytes.fromhex(basis.base) if basis.base else None,
+        bytes.fromhex(basis.opened) if basis.opened else None,
+        bytes.fromhex(key.job.roster_digest),
+    )
+
+
+class _Blocks:
+    """The masked blocks of an upload, batch by batch; can be run through more than once."""
+
+    def __init__(self, job: Job, encoded: _Encoded, keys: list[masks.Key]) -> None:
+        self._job, self._encoded, self._keys = job, encoded, keys
+
+    def batches(self) -> Iterator[tuple[int, Bytes]]:
+        """(first group, blocks [G, 7, block width]), ENCRYPT_GROUPS groups at a time."""
+        job, first = self._job, 0
+        for integers in self._encoded.batches():
+            count = job.groups(integers.size)
+            packed = job.packing.pack(integers, count * COMPONENTS)
+            masked = masks.add_masks(packed, self._keys, first * COMPONENTS, job.N)
+            yield first, masked.reshape(count, COMPONENTS, -1)
+            first += count
+
+
+def _encrypted(job: Job, blocks: _Blocks, randomness: Bytes, work: Work) -> Iterator[bytes]:
+    """The residues of an upload, ENCRYPT_GROUPS groups at a time."""
+    groups = len(randomness)
+    tasks = (
+        (job.public_key, batch, randomness[first : first + len(batch)], groups)
+        for first, batch in blocks.batches()
+    )
     total = -(-groups // ENCRYPT_GROUPS)
-    yield from work.map("encrypt", _encrypt_chunk, tasks(), total)
+    yield from work.map("encrypt", _encrypt_chunk, tasks, total)
+
+
+def _write_proof(
+    key: Key,
+    header: UploadHeader,
+    blocks: _Blocks,
+    randomness: Bytes,
+    writer: ContainerWriter,
+    work: Work,
+) -> None:
+    """Prove the upload (protocol, section 6), in a second pass over its blocks."""
+    public, groups = key.job.public_key, len(randomness)
+    witness, d = proof.commit(public, groups)
+    signing_key = primitives.signing_public_key(key.secrets.sign)
+    residues_hash = writer.tensor_hash(RESIDUES)
+    rho = proof.weights(public, header.encode(), signing_key, groups, residues_hash, d)
+    responder = proof.Responder(public, witness)
+    for first, batch in blocks.batches():
+        end = first + len(batch)
+        responder.add(rho[first:end], randomness[first:end], batch)
+        work.progress("prove", end, groups)
+    writer.write(PROOF, proof.encode(public, groups, responder.proof(d)))
 
 
 def _encrypt_chunk(key: PublicKey, blocks: Bytes, randomness: Bytes, groups: int) -> bytes:
@@ -246,6 +318,64 @@ def _check_only_upload(ledger: Ledger, basis: Basis, accept_differencing: bool) 
     return None
 
 
+# --- reveal ------------------------------------------------------------------------------------
+
+
+def reveal_masks(key: Key, path: Path, output: Path, force: bool = False) -> Reveal:
+    """Sign the round keys of the masks shared with those whom a close file declares missing.
+
+    Protocol, section 7. Raises VerificationError when this participant's upload is not in
+    the close file, NotAllowedError when it is declared missing itself or has revealed
+    for another close file of the round, QuorumError when too few are present.
+    """
+    key.require("participant")
+    check_output(output, force)
+    job = key.job
+    close = Close.load(path, job)
+    if {*close.names, *close.missing} != set(job.names):
+        raise FormatError(f"{path}: not about this job's roster")
+    if key.name in close.missing:
+        raise NotAllowedError(
+            f"{path}: declares {key.name} missing",
+            "who is missing must not reveal: its own upload could be opened",
+        )
+    if not results.can_close(job, len(close.names)):
+        raise QuorumError(
+            f"{path}: {len(close.names)} of {len(job.names)} are too few to reveal anything"
+        )
+    with Ledger(key) as ledger:
+        sent = ledger.find(UploadEntry, round=close.round)
+        if not sent or (sent[0].upload, sent[0].base) != (close.uploads[key.name], close.base):
+            raise VerificationError(f"{path}: does not name the upload that {key.name} made")
+        before = ledger.find(RevealEntry, round=close.round)
+        if before and before[0].close != close.digest:
+            raise NotAllowedError(
+                f"{path}: a second close of round {close.round}",
+                f"{key.name} has revealed for {before[0].close[:16]}... already",
+            )
+        basis = Basis(close.round, close.base, sent[0].opened)
+        reveal = Reveal.signed(
+            key.secrets.sign,
+            format=FORMAT,
+            kind="reveal",
+            job=job.digest,
+            signer=key.name,
+            created=now(),
+            round=close.round,
+            base=close.base,
+            close=close.digest,
+            keys={name: _round_key(key, basis, name) for name in close.missing},
+        )
+        with AtomicOutput(output, force) as file:
+            file.write(reveal.encode())
+            file.sync()
+            if not before:
+                entry = RevealEntry(event="reveal", round=close.round, close=close.digest)
+                ledger.append(entry)
+            file.commit()
+    return reveal
+
+
 # --- open --------------------------------------------------------------------------------------
 
 
@@ -273,16 +403,11 @@ def open_release(
     tensors.check_suffix(output)
     check_output(output, force)
     job = key.job
-    with Container(release) as container:
-        header = read_header(container, ("release",), job.digest)
-        if not isinstance(header, ReleaseHeader):
-            raise FormatError(f"{release}: expected a release")
+    with ExitStack() as stack:
+        container, header, _ = verification.open_release(job, release, stack, work)
+        grant = _own_grant(key, header, release)
         shape = job.residue_shape(header.manifest.values)
         length = shape[0] * job.group_bytes
-        container.require({SEALED: (primitives.sealed_length(length),)})
-        container.verify(header.kind, job.server.sign, work.progress)
-        _check_manifest(job, header, release)
-        grant = _own_grant(key, header, release)
         with Ledger(key) as ledger:
             _check_history(ledger, header, key.name, release)
             core = sealed.release_core(header.manifest, header.names, shape, header.commit)
@@ -302,27 +427,11 @@ def open_release(
                             result=header.of,
                             parent=header.manifest.parent,
                             opened=opened,
+                            admitted=header.admitted,
                         )
                     )
                 file.commit()
     return OpenReport(header, opened)
-
-
-def _check_manifest(job: Job, header: ReleaseHeader, release: Path) -> None:
-    manifest = header.manifest
-    everyone = set(manifest.names) | set(manifest.missing)
-    if everyone != set(job.names) or not set(manifest.contributions) <= everyone:
-        raise FormatError(f"{release}: its manifest is not about this job's roster")
-    strangers = set(header.names) - set(manifest.contributions) - set(header.admitted)
-    if strangers:
-        raise VerificationError(
-            f"{release}: granted to {', '.join(sorted(strangers))}, who never contributed"
-        )
-    if len(manifest.contributors) < job.min_contributors:
-        raise QuorumError(
-            f"{release}: expected at least {job.min_contributors} contributors, "
-            f"found {len(manifest.contributors)}"
-        )
 
 
 def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Path) -> None:
@@ -344,6 +453,9 @@ def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Pa
     for seen in ledger.find(OpenEntry):
         if seen.result == manifest.parent and seen.round >= header.round:
             raise VerificationError(f"{release}: its parent is of a later round")
+        if seen.result != header.of and set(seen.admitted) & set(header.admitted):
+            twice = ", ".join(sorted(set(seen.admitted) & set(header.admitted)))
+            raise VerificationError(f"{release}: admits {twice} a second time")
         if seen.parent == header.of and seen.round <= header.round:
             raise VerificationError(f"{release}: its successor is of an earlier round")
 

@@ -1,0 +1,85 @@
+"""`dtl audit`: the key generation center opens and judges files after the fact."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dtl.cli import options
+from dtl.cli.options import (
+    ForceOption,
+    JobOption,
+    JsonOption,
+    KeyOption,
+    Output,
+    PassphraseOption,
+    QuietOption,
+    WorkersOption,
+)
+
+EXAMPLE = """Example:
+
+  dtl audit alice.upload bob.upload carol.upload model-1.enc --key job/kgc.key
+
+  dtl audit model-1.enc --key job/kgc.key --plaintext recovered.safetensors"""
+
+
+def audit(
+    files: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help="Uploads, sums, models, reveals.", show_default=False
+        ),
+    ],
+    key: KeyOption,
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="The model that the uploads are based on, opened or encrypted; needed to take "
+            "masks off from round 2 on.",
+            show_default=False,
+        ),
+    ] = None,
+    reveals: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="R...", help="Reveals of the round.", show_default=False),
+    ] = None,
+    plaintext: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OUT", help="Write the values of the one FILE here.", show_default=False
+        ),
+    ] = None,
+    unsigned: Annotated[
+        bool, typer.Option("--unsigned", help="Open files whose signature does not verify, too.")
+    ] = False,
+    job: JobOption = None,
+    passphrase_file: PassphraseOption = None,
+    force: ForceOption = False,
+    workers: WorkersOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say of each file whether it is well-formed, opens, and keeps to the range; name culprits.
+
+    Statistics only; values go nowhere but to --plaintext. Ends with code 4 when any file is bad.
+    """
+    from dtl.core.errors import NotAllowedError, VerificationError
+    from dtl.core.files.documents import Key
+    from dtl.core.roles import auditor
+
+    output = Output(json, quiet)
+    if not key.exists():
+        raise NotAllowedError(
+            f"{key}: there is no such key",
+            "a job made with --discard-master cannot be audited, by nobody and never",
+        )
+    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    wanted = auditor.AuditOptions(model, reveals or (), plaintext, unsigned, force)
+    with output.work(workers) as work:
+        verdicts = auditor.audit(opened, files, wanted, work)
+    bad = [verdict for verdict in verdicts if verdict.problems]
+    output.show_many("files", [verdict.plain() for verdict in verdicts])
+    if bad:
+        raise VerificationError(
+            "; ".join(f"{v.file} (by {v.signer}): {v.problems[0]}" for v in bad)
+        )

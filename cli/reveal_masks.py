@@ -1,0 +1,49 @@
+"""`dtl reveal-masks`: a participant helps to take off the masks of those who are missing."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from dtl.cli import options
+from dtl.cli.options import (
+    ForceOption,
+    JobOption,
+    JsonOption,
+    KeyOption,
+    OutOption,
+    Output,
+    PassphraseOption,
+    QuietOption,
+)
+
+EXAMPLE = """Example:
+
+  dtl reveal-masks round-1.close --key job/alice.key -o alice.reveal"""
+
+
+def reveal_masks(
+    close: Annotated[
+        Path, typer.Argument(metavar="CLOSE", help="A close file.", show_default=False)
+    ],
+    key: KeyOption,
+    out: OutOption,
+    job: JobOption = None,
+    passphrase_file: PassphraseOption = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Reveal the masks that you share with the missing, of this one round, once."""
+    from dtl.core.files.documents import Key
+    from dtl.core.roles import participant
+
+    output = Output(json, quiet)
+    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    reveal = participant.reveal_masks(opened, close, out, force)
+    output.show(
+        reveal=str(out),
+        participant=reveal.signer,
+        round=reveal.round,
+        close=reveal.close,
+        missing=sorted(reveal.keys),
+    )

@@ -1,0 +1,95 @@
+"""Pairwise masks: uniform blocks that cancel in the sum of all uploads of a round.
+
+Every pair of participants shares a seed; a round's key is derived from it, and a ChaCha20
+keystream under that key gives one number modulo N for every block. Participant i adds the
+numbers it shares with later participants and subtracts those it shares with earlier ones.
+Source: PROTOCOL.md, section 7; Bonawitz et al. (CCS 2017) without their double masking.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from dtl.core.crypto.primitives import KEY_BYTES, derive, fields, keystream, u32
+from dtl.core.crypto.residues import Bytes, from_integers, to_integers
+from numpy.typing import NDArray
+
+EXTRA_BYTES = 16
+"""Keystream bytes beyond those of N, so that the number modulo N is uniform up to 2^-128."""
+
+Key = tuple[int, bytes]
+"""(sign, round key): +1 where the mask is added, -1 where it is subtracted."""
+
+_LIMB = 1 << 32
+
+
+def pair_seed(root: bytes, job_id: bytes, first: str, second: str) -> bytes:
+    """The seed s_ij that the center gives to two participants, named in roster order."""
+    return derive(root, fields("dtl/v1/mask-seed", job_id, first, second), KEY_BYTES)
+
+
+def round_key(
+    seed: bytes,
+    job: bytes,
+    number: int,
+    base: bytes | None,
+    opened: bytes | None,
+    roster: bytes,
+) -> bytes:
+    """k_ij: bound to the job, the round, the base, what was opened as the base, the roster."""
+    info = fields("dtl/v1/mask", job, u32(number), base, opened, roster)
+    return derive(seed, info, KEY_BYTES)
+
+
+def sign_of(own: str, other: str) -> int:
+    """The sign with which `own` applies the mask it shares with `other`."""
+    return 1 if own < other else -1
+
+
+def mask_sums(keys: Sequence[Key], first: int, count: int, width: int) -> list[int]:
+    """The signed sum of all masks for blocks first, ..., first + count - 1; not yet reduced.
+
+    `width` is that of a block in bytes. The keystreams are added up as columns of 32-bit
+    limbs; only the sums become numbers.
+    """
+    stride = width + EXTRA_BYTES
+    totals = [0] * count
+    for sign in (1, -1):
+        limbs = np.zeros((count, stride // 4), np.uint64)
+        for key_sign, key in keys:
+            if key_sign == sign:
+                stream = keystream(key, first * stride, count * stride)
+                limbs += np.frombuffer(stream, "<u4").reshape(count, -1)
+        low = to_integers(_limb_bytes(limbs % _LIMB))
+        high = to_integers(_limb_bytes(limbs // _LIMB))
+        totals = [
+            total + sign * (a + (b << 32)) for total, a, b in zip(totals, low, high, strict=True)
+        ]
+    return totals
+
+
+def _limb_bytes(limbs: NDArray[np.uint64]) -> Bytes:
+    return limbs.astype("<u4").view(np.uint8)
+
+
+def add_masks(blocks: Bytes, keys: Sequence[Key], first: int, modulus: int) -> Bytes:
+    """Add the masks of `keys` to blocks [n, block width], the first being number `first`."""
+    if not keys:
+        return blocks
+    sums = mask_sums(keys, first, len(blocks), blocks.shape[-1])
+    return _reduced(zip(to_integers(blocks), sums, strict=True), modulus, blocks.shape[-1])
+
+
+def mask_blocks(keys: Sequence[Key], first: int, count: int, modulus: int) -> Bytes:
+    """The masks alone, as blocks [count, block width]."""
+    width = modulus.bit_length() // 8
+    sums = mask_sums(keys, first, count, width)
+    return _reduced(((0, total) for total in sums), modulus, width)
+
+
+def _reduced(pairs: Iterable[tuple[int, int]], modulus: int, width: int) -> Bytes:
+    return from_integers(((block + total) % modulus for block, total in pairs), width)
+
+
+def opposite(keys: Iterable[Key]) -> list[Key]:
+    """The same masks with their signs turned: takes off what they added."""
+    return [(-sign, key) for sign, key in keys]

@@ -1,0 +1,1 @@
+"""What anyone can check or compute from public files alone; knows no secrets."""

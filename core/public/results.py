@@ -1,0 +1,255 @@
+"""Compute the server's results: the product of uploads, bit for bit, and its manifest.
+
+The server computes with these functions, and anyone recomputes with them. Source:
+PROTOCOL.md, section 8, step 2.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtl.core.crypto import masks, scheme
+from dtl.core.crypto.group import COMPONENTS, PublicKey
+from dtl.core.crypto.residues import Bytes
+from dtl.core.errors import FormatError, QuorumError
+from dtl.core.files import tensors
+from dtl.core.files.closing import Close, Reveal
+from dtl.core.files.container import RESIDUES, Container, Rows
+from dtl.core.files.documents import SERVER, Job
+from dtl.core.files.headers import Contribution, Layout, ResultHeader, read_header, same_shapes
+from dtl.core.files.schema import FORMAT
+from dtl.core.parallel import Work
+from dtl.core.public.uploads import Upload, read_groups, short, spans
+
+PRODUCT_GROUPS = 128  # groups a task
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a model starts from in a round: the encrypted parent, or public initial weights."""
+
+    base: str
+    initial: str
+    layout: Layout
+    round: int
+    contributions: dict[str, int]
+    rows: Rows | None = None
+    weights: Path | None = None
+
+    @property
+    def parent(self) -> str | None:
+        """The digest of the encrypted parent, if that is what the model starts from."""
+        return self.base if self.rows is not None else None
+
+
+def start_from_weights(job: Job, path: Path) -> Start:
+    """Start from public initial weights; NumericError for NaN or lack of headroom."""
+    source = tensors.open_tensors(path)
+    try:
+        for reals in tensors.values(source):
+            job.fixed_point.encode_weights(reals)
+        digest = tensors.checked_initial_digest(source)
+        return Start(digest, digest, source.layout, 0, {}, weights=path)
+    finally:
+        source.close()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A sum or model whose form and signature have been checked."""
+
+    path: Path
+    header: ResultHeader
+    digest: str
+    rows: Rows
+
+    def start(self) -> Start:
+        """This model as the start of the next round."""
+        if self.header.kind != "model" or self.header.initial is None:
+            raise FormatError(
+                f"{self.path}: expected a model, found a sum",
+                "a model is made with --initial first, then carried on with --model",
+            )
+        return Start(
+            self.digest,
+            self.header.initial,
+            self.header.layout,
+            self.header.round,
+            dict(self.header.contributions),
+            rows=self.rows,
+        )
+
+
+def open_result(job: Job, path: Path, stack: ExitStack, work: Work) -> Result:
+    """Open a sum or model of this job and check its form and signature."""
+    container = stack.enter_context(Container(path))
+    header = read_header(container, ("model", "sum"), job.digest)
+    if not isinstance(header, ResultHeader):
+        raise FormatError(f"{path}: expected a model or sum")
+    if header.signer != SERVER:
+        raise FormatError(f"{path}: expected the server's signature, found {header.signer}'s")
+    container.require({RESIDUES: job.residue_shape(header.values)})
+    digest = container.verify(header.kind, job.server.sign, work.progress)
+    return Result(path, header, digest.hex(), container.rows(RESIDUES))
+
+
+def check_base(upload: Upload, start: Start) -> None:
+    """Raise FormatError unless an upload is based on what the model starts from."""
+    header = upload.header
+    if header.base != start.base:
+        raise FormatError(
+            f"{upload.path}: based on another model: "
+            f"expected {short(start.base)}, found {short(header.base)}"
+        )
+    if header.round <= start.round:
+        raise FormatError(
+            f"{upload.path}: made for round {header.round}, but the model is of round {start.round}"
+        )
+    if not same_shapes(header.layout, start.layout):
+        raise FormatError(f"{upload.path}: its tensors are not those of the model")
+
+
+def check_quorum(job: Job, found: int, what: str, missing: Sequence[str]) -> None:
+    """Raise QuorumError below the job's `min_contributors`."""
+    if found < job.min_contributors:
+        absent = f"; missing: {', '.join(missing)}" if missing else ""
+        raise QuorumError(f"expected at least {job.min_contributors} {what}, found {found}{absent}")
+
+
+def can_close(job: Job, present: int) -> bool:
+    """Whether so many are enough to go on without the others: at least min, and 3|A| > 2n."""
+    return present >= job.min_contributors and 3 * present > 2 * len(job.participants)
+
+
+def manifest(
+    job: Job, uploads: Sequence[Upload], start: Start | None, layout: Layout, created: str
+) -> ResultHeader:
+    """The manifest that belongs to these uploads on this start.
+
+    `layout` is the start's, or without one that of the upload named first.
+    """
+    first = uploads[0].header
+    by_name = {upload.header.signer: upload.digest for upload in uploads}
+    contributions = dict(start.contributions) if start else {}
+    for name in by_name:
+        contributions[name] = contributions.get(name, 0) + 1
+    return ResultHeader(
+        format=FORMAT,
+        kind="model" if start else "sum",
+        job=job.digest,
+        signer=SERVER,
+        created=created,
+        round=first.round,
+        layout=layout,
+        values=first.values,
+        parent=start.parent if start else first.base,
+        initial=start.initial if start else None,
+        contributors=tuple(
+            Contribution(participant=name, upload=by_name[name]) for name in sorted(by_name)
+        ),
+        missing=tuple(name for name in job.names if name not in by_name),
+        contributions=dict(sorted(contributions.items())),
+    )
+
+
+def check_close(job: Job, close: Close, uploads: Sequence[Upload], path: Path) -> None:
+    """Raise FormatError unless a close file is about these uploads and this roster."""
+    if {*close.names, *close.missing} != set(job.names) or not can_close(job, len(close.names)):
+        raise FormatError(f"{path}: its round cannot be closed with {len(close.names)} uploads")
+    for upload in uploads:
+        if (close.round, close.base) != (upload.header.round, upload.header.base):
+            raise FormatError(f"{path}: of another round or base than {upload.path}")
+
+
+def orphaned_masks(
+    missing: Sequence[str],
+    uploads: Sequence[Upload],
+    reveals: Sequence[tuple[Path, Reveal]],
+    close: str | None,
+) -> list[masks.Key]:
+    """The masks that present participants share with missing ones, from their reveals.
+
+    `close` is the digest of the close file that all reveals must name (None: any one).
+    Raises QuorumError naming those whose reveal is not there, FormatError for a reveal that
+    is not about this round.
+    """
+    present = [upload.header.signer for upload in uploads]
+    keys: list[masks.Key] = []
+    seen = set()
+    for path, reveal in reveals:
+        close = close or reveal.close
+        upload = uploads[0].header
+        if (reveal.round, reveal.base, reveal.close) != (upload.round, upload.base, close):
+            raise FormatError(f"{path}: of another round, base or close file")
+        if set(reveal.keys) != set(missing) or reveal.signer not in present:
+            raise FormatError(f"{path}: not about those who are missing in this round")
+        if reveal.signer in seen:
+            raise FormatError(f"{path}: a second reveal of {reveal.signer}")
+        seen.add(reveal.signer)
+        keys += [(masks.sign_of(reveal.signer, other), key) for other, key in reveal.keys.items()]
+    absent = sorted(set(present) - seen)
+    if missing and absent:
+        raise QuorumError(
+            f"the masks of {', '.join(missing)} cannot be taken off: "
+            f"no reveal of {', '.join(absent)}",
+            "if one of them cannot reveal any more, the round is void: begin a new one on the "
+            "same base, everyone with --accept-differencing",
+        )
+    return keys
+
+
+def products(
+    job: Job, uploads: Sequence[Upload], start: Start | None, orphans: list[masks.Key], work: Work
+) -> Iterator[bytes]:
+    """The result's residues, PRODUCT_GROUPS groups at a time.
+
+    The sum is the product of the uploads with the orphaned masks taken off; a model is its
+    start minus the sum.
+    """
+    rows = [upload.rows for upload in sorted(uploads, key=lambda upload: upload.header.signer)]
+    weights = start.weights if start else None
+    blocks = _initial_blocks(job, weights, PRODUCT_GROUPS) if weights else None
+    parent = start.rows if start else None
+    pieces = spans(job.groups(uploads[0].header.values), PRODUCT_GROUPS)
+    tasks = (
+        (job.public_key, rows, orphans, parent, next(blocks) if blocks else None, *piece)
+        for piece in pieces
+    )
+    yield from work.map("multiply", _product_chunk, tasks, len(pieces))
+
+
+def _product_chunk(
+    key: PublicKey,
+    uploads: list[Rows],
+    orphans: list[masks.Key],
+    parent: Rows | None,
+    initial: Bytes | None,
+    first: int,
+    count: int,
+) -> bytes:
+    total = scheme.add(key, [read_groups(key, rows, first, count) for rows in uploads])
+    if orphans:
+        taken_off = masks.mask_blocks(
+            masks.opposite(orphans), first * COMPONENTS, count * COMPONENTS, key.n
+        )
+        total = scheme.add_public(key, total, taken_off.reshape(count, COMPONENTS, -1))
+    if parent is not None:
+        total = scheme.subtract(key, read_groups(key, parent, first, count), total)
+    elif initial is not None:
+        total = scheme.add_public(key, scheme.negate(key, total), initial)
+    return total.tobytes()
+
+
+def _initial_blocks(job: Job, weights: Path, groups: int) -> Iterator[Bytes]:
+    """The public initial weights as blocks [G, 7, block width], `groups` groups at a time."""
+    source = tensors.open_tensors(weights)
+    try:
+        size = groups * COMPONENTS * job.packing.slots
+        for reals in tensors.in_batches(tensors.values(source), size):
+            count = job.groups(reals.size)
+            integers = job.fixed_point.encode_weights(reals)
+            packed = job.packing.pack(integers, count * COMPONENTS)
+            yield packed.reshape(count, COMPONENTS, -1)
+    finally:
+        source.close()

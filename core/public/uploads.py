@@ -1,0 +1,144 @@
+"""Check uploads: everything that can be said of them from the public job alone.
+
+Source: PROTOCOL.md, sections 4, 6 and 8.
+"""
+
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+from dtl.core.crypto import proof
+from dtl.core.crypto.group import COMPONENTS, PublicKey
+from dtl.core.crypto.residues import Bytes, to_integers
+from dtl.core.errors import FormatError, NotAllowedError, VerificationError
+from dtl.core.files.container import PROOF, RESIDUES, Container, Rows
+from dtl.core.files.documents import Job
+from dtl.core.files.headers import UploadHeader, read_header, same_shapes
+from dtl.core.parallel import Work, default_workers
+
+MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1024  # groups a task; many make the buckets cheap
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload whose form and signature have been checked."""
+
+    path: Path
+    header: UploadHeader
+    digest: str
+    container: Container
+
+    @property
+    def rows(self) -> Rows:
+        """Where its residues lie."""
+        return self.container.rows(RESIDUES)
+
+
+def spans(rows: int, step: int) -> list[tuple[int, int]]:
+    """(first, count) of pieces of `step` rows."""
+    return [(first, min(step, rows - first)) for first in range(0, rows, step)]
+
+
+def read_groups(key: PublicKey, rows: Rows, first: int, count: int) -> Bytes:
+    """Groups of a file as residues [count, 8, width]."""
+    data = rows.read(first, count)
+    return np.frombuffer(data, np.uint8).reshape(count, COMPONENTS + 1, key.arithmetic.width)
+
+
+def open_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> Upload:
+    """Open an upload of this job and check its form, signature and roster.
+
+    The file stays open in `stack`. Raises FormatError or VerificationError.
+    """
+    container = stack.enter_context(Container(path))
+    header = read_header(container, ("upload",), job.digest)
+    if not isinstance(header, UploadHeader):
+        raise FormatError(f"{path}: expected an upload")
+    participant = job.participant(header.signer)
+    if participant is None:
+        raise FormatError(f"{path}: {header.signer} is not in this job's roster")
+    length = proof.proof_length(job.public_key, job.groups(header.values))
+    container.require({PROOF: (length,), RESIDUES: job.residue_shape(header.values)})
+    digest = container.verify(header.kind, participant.sign, work.progress).hex()
+    if header.roster != job.roster_digest:
+        raise FormatError(f"{path}: made for another roster")
+    if header.masked != job.masks:
+        expected = "masked" if job.masks else "not masked"
+        raise FormatError(f"{path}: expected an upload that is {expected}")
+    return Upload(path, header, digest, container)
+
+
+def check_proof(job: Job, upload: Upload, work: Work) -> None:
+    """Check an upload's residues (FormatError) and its proof (VerificationError)."""
+    key, path, container = job.public_key, upload.path, upload.container
+    groups = job.groups(upload.header.values)
+    tensor = container.tensors[PROOF]
+    found = proof.decode(key, groups, container.read(tensor.start, tensor.length))
+    try:
+        proof.check_ranges(key, groups, found)
+        rho = proof.weights(
+            key,
+            container.raw_header,
+            job.signing_key(upload.header.signer) or b"",
+            groups,
+            container.tensor_hash(RESIDUES),
+            found.d,
+        )
+        workers = work.workers or default_workers()
+        step = min(MAX_PROOF_GROUPS, max(MIN_PROOF_GROUPS, -(-groups // workers)))
+        rows, pieces = upload.rows, spans(groups, step)
+        tasks = ((key, rows, rho[first : first + count], first, count) for first, count in pieces)
+        serial_below = 2 if groups >= MAX_PROOF_GROUPS else len(pieces) + 1
+        partial = work.map(f"check {path.name}", _weigh, tasks, len(pieces), serial_below)
+        proof.verify(key, found, _multiply(key, partial))
+    except VerificationError as error:
+        raise VerificationError(f"{path}: {error.message}", error.hint) from None
+
+
+def _weigh(key: PublicKey, rows: Rows, rho: Bytes, first: int, count: int) -> list[int]:
+    """Check groups, and return their weighted products, one for each of the 8 components."""
+    residues = read_groups(key, rows, first, count)
+    try:
+        key.arithmetic.check(residues)
+    except FormatError as error:
+        last = first + count - 1
+        raise FormatError(f"{rows.path}: groups {first} to {last}: {error.message}") from None
+    return to_integers(key.arithmetic.weighted_products(residues, rho))
+
+
+def _multiply(key: PublicKey, parts: Iterable[list[int]]) -> list[int]:
+    n2 = key.n**2
+    return reduce(lambda left, right: [a * b % n2 for a, b in zip(left, right, strict=True)], parts)
+
+
+def check_same(upload: Upload, other: Upload) -> None:
+    """Raise FormatError unless two uploads are of one round, base and layout."""
+    mine, theirs = upload.header, other.header
+    for what, found, expected in (
+        ("round", mine.round, theirs.round),
+        ("base", mine.base, theirs.base),
+    ):
+        if found != expected:
+            raise FormatError(
+                f"{upload.path}: made for another {what} than {other.path}: "
+                f"expected {short(expected)}, found {short(found)}"
+            )
+    if not same_shapes(mine.layout, theirs.layout):
+        raise FormatError(f"{upload.path}: its tensors are not those of {other.path}")
+
+
+def check_only(upload: Upload, others: Iterable[Upload]) -> None:
+    """Raise NotAllowedError for an upload given twice, or a second one of a participant."""
+    for other in others:
+        if upload.header.signer == other.header.signer:
+            same = other.digest == upload.digest
+            problem = "given twice" if same else f"a second upload of {upload.header.signer}"
+            raise NotAllowedError(f"{upload.path}: {problem} (besides {other.path})")
+
+
+def short(value: int | str | None) -> str:
+    """A digest or number as it stands in messages."""
+    return f"{value[:16]}..." if isinstance(value, str) else str(value)

@@ -1,0 +1,300 @@
+"""Verify files from public files alone: signatures, proofs, manifests, and the server's product.
+
+Everything is recomputed with the very functions that the server uses, and compared bit for
+bit.
+"""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtl.core.crypto import masks, primitives
+from dtl.core.errors import FormatError, QuorumError, VerificationError
+from dtl.core.files.closing import Close, Reveal, load_signed
+from dtl.core.files.container import SEALED, Container
+from dtl.core.files.documents import Job
+from dtl.core.files.headers import ReleaseHeader, ResultHeader, read_header
+from dtl.core.parallel import Work
+from dtl.core.public import results, uploads
+from dtl.core.public.results import Result, Start
+from dtl.core.public.uploads import Upload
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The public files that a verification may use."""
+
+    uploads: Sequence[Path] = ()
+    models: Sequence[Path] = ()
+    initial: Path | None = None
+    reveals: Sequence[Path] = ()
+
+
+@dataclass
+class _Pool:
+    """The evidence, opened and checked, and which of it has been used."""
+
+    uploads: dict[str, Upload] = field(default_factory=dict)
+    models: dict[str, Result] = field(default_factory=dict)
+    initial: Start | None = None
+    reveals: list[tuple[Path, Reveal]] = field(default_factory=list)
+    used: set[Path] = field(default_factory=set)
+
+
+def verify(path: Path, kind: str, job: Job, evidence: Evidence, work: Work) -> dict[str, Any]:
+    """Verify a file of the given kind; returns what was verified.
+
+    Raises FormatError or VerificationError for anything that does not hold, and for evidence
+    that has nothing to do with the file.
+    """
+    with ExitStack() as stack:
+        pool = _gather(job, evidence, stack, work)
+        match kind:
+            case "upload":
+                found = _verify_upload(job, path, stack, work)
+            case "sum" | "model":
+                found = _verify_result(job, path, pool, stack, work)
+            case "release":
+                found = _verify_release(job, path, pool, stack, work)
+            case "close" | "reveal":
+                found = _verify_document(job, path)
+            case _:
+                found = {"signature": "valid; by the center that the file itself names"}
+        given = {*evidence.uploads, *evidence.models, *evidence.reveals}
+        given |= {evidence.initial} if evidence.initial else set()
+        unused = sorted(map(str, given - pool.used))
+        if unused:
+            raise VerificationError(
+                f"{path}: has nothing to do with {', '.join(unused)}",
+                "what its manifest names was not among the files given, or not all of it",
+            )
+        return {"file": str(path), "kind": kind, **found}
+
+
+def _gather(job: Job, evidence: Evidence, stack: ExitStack, work: Work) -> _Pool:
+    pool = _Pool()
+    for path in evidence.uploads:
+        upload = uploads.open_upload(job, path, stack, work)
+        pool.uploads[upload.digest] = upload
+    for path in evidence.models:
+        model = results.open_result(job, path, stack, work)
+        pool.models[model.digest] = model
+    if evidence.initial:
+        pool.initial = results.start_from_weights(job, evidence.initial)
+    pool.reveals = [(path, Reveal.load(path, job)) for path in evidence.reveals]
+    return pool
+
+
+def _verify_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> dict[str, Any]:
+    upload = uploads.open_upload(job, path, stack, work)
+    uploads.check_proof(job, upload, work)
+    header = upload.header
+    return {
+        "digest": upload.digest,
+        "signer": header.signer,
+        "round": header.round,
+        "signature": "valid",
+        "proof": "holds",
+    }
+
+
+def _verify_result(
+    job: Job, path: Path, pool: _Pool, stack: ExitStack, work: Work
+) -> dict[str, Any]:
+    """Verify a result, and the chain of models behind it as far as there is evidence."""
+    result = results.open_result(job, path, stack, work)
+    if pool.initial and pool.initial.weights:
+        if pool.initial.base not in (result.header.initial, result.header.parent):
+            raise VerificationError(f"{path}: does not come from {pool.initial.weights}")
+        pool.used.add(pool.initial.weights)
+    verified = [_verify_product(job, result, pool, work)]
+    parent = pool.models.get(result.header.parent or "")
+    while parent is not None:
+        pool.used.add(parent.path)
+        verified.append(_verify_product(job, parent, pool, work))
+        parent = pool.models.get(parent.header.parent or "")
+    return {
+        "digest": result.digest,
+        "round": result.header.round,
+        "signature": "valid",
+        "contributors": list(result.header.names),
+        "missing": list(result.header.missing),
+        "product": verified[0],
+        "rounds_recomputed": sum(text == _RECOMPUTED for text in verified),
+    }
+
+
+_RECOMPUTED = "recomputed, bit for bit the same"
+_NOT_RECOMPUTED = "not recomputed: no uploads given"
+
+
+def _verify_product(job: Job, result: Result, pool: _Pool, work: Work) -> str:
+    """Recompute one result from its uploads and its start; compare manifest and residues."""
+    header, path = result.header, result.path
+    check_manifest(job, header, path)
+    named = [pool.uploads.get(c.upload) for c in header.contributors]
+    if not any(named) and header.kind == "model":
+        start = _start(result, pool, needed=False)
+        if start:
+            _check_contributions(header, start, path)
+    if not any(named):
+        return _NOT_RECOMPUTED
+    absent = [
+        c.participant for c, upload in zip(header.contributors, named, strict=True) if not upload
+    ]
+    if absent:
+        raise VerificationError(
+            f"{path}: the upload that it names is not given for {', '.join(absent)}"
+        )
+    found = [upload for upload in named if upload]
+    start = _start(result, pool, needed=True) if header.kind == "model" else None
+    for upload in found:
+        pool.used.add(upload.path)
+        if start:
+            results.check_base(upload, start)
+        uploads.check_same(upload, found[0])
+        uploads.check_proof(job, upload, work)
+    orphans = _orphans(job, header, found, pool)
+    expected = results.manifest(job, found, start, header.layout, header.created)
+    if expected != header:
+        raise VerificationError(f"{path}: its manifest is not that of these uploads")
+    first = 0
+    for piece in results.products(job, found, start, orphans, work):
+        count = len(piece) // job.group_bytes
+        if result.rows.read(first, count) != piece:
+            raise VerificationError(
+                f"{path}: groups {first} to {first + count - 1} are not the product of the uploads"
+            )
+        first += count
+    return _RECOMPUTED
+
+
+def _start(result: Result, pool: _Pool, needed: bool) -> Start | None:
+    header, path = result.header, result.path
+    parent = pool.models.get(header.parent or "")
+    if header.parent is not None and parent is not None:
+        pool.used.add(parent.path)
+        return parent.start()
+    if header.parent is None and pool.initial and pool.initial.base == header.initial:
+        return pool.initial
+    if needed:
+        option = "--initial M0" if header.parent is None else "--model PARENT"
+        raise VerificationError(
+            f"{path}: what it starts from is not among the files given", f"add {option}"
+        )
+    return None
+
+
+def _orphans(
+    job: Job, header: ResultHeader, found: Sequence[Upload], pool: _Pool
+) -> list[masks.Key]:
+    if not (job.masks and header.missing):
+        return []
+    about = [
+        (path, reveal)
+        for path, reveal in pool.reveals
+        if (reveal.round, reveal.base) == (header.round, header.base)
+    ]
+    pool.used.update(path for path, _ in about)
+    try:
+        return results.orphaned_masks(header.missing, found, about, None)
+    except QuorumError as error:
+        raise VerificationError(error.message, "add --reveals of everyone who is in") from None
+
+
+def check_manifest(job: Job, header: ResultHeader, path: Path) -> None:
+    """Raise FormatError or QuorumError unless a manifest can be one of this job."""
+    everyone = {*header.names, *header.missing}
+    if everyone != set(job.names) or not set(header.contributions) <= everyone:
+        raise FormatError(f"{path}: its manifest is not about this job's roster")
+    found = len(header.contributors)
+    enough = results.can_close(job, found) or not (job.masks and header.missing)
+    if found < job.min_contributors or not enough:
+        raise QuorumError(
+            f"{path}: too few contributors: {found} of {len(job.names)} "
+            f"(at least {job.min_contributors})"
+        )
+
+
+def _check_contributions(header: ResultHeader, start: Start, path: Path) -> None:
+    """Raise VerificationError unless the counts go on from those of the parent."""
+    expected = dict(start.contributions)
+    for name in header.names:
+        expected[name] = expected.get(name, 0) + 1
+    good = (header.contributions, header.initial) == (expected, start.initial)
+    if not good or header.round <= start.round:
+        raise VerificationError(f"{path}: its manifest does not go on from its parent")
+
+
+def check_grants(header: ReleaseHeader, path: Path) -> None:
+    """Raise VerificationError when a release is granted to somebody who has no right to it."""
+    strangers = set(header.names) - set(header.manifest.contributions) - set(header.admitted)
+    if strangers:
+        raise VerificationError(
+            f"{path}: granted to {', '.join(sorted(strangers))}, who never contributed"
+        )
+    needless = set(header.admitted) & set(header.manifest.contributions)
+    if needless:
+        raise VerificationError(f"{path}: admits {', '.join(sorted(needless))}, who contributed")
+
+
+def open_release(
+    job: Job, path: Path, stack: ExitStack, work: Work
+) -> tuple[Container, ReleaseHeader, str]:
+    """Open a release of this job; check its form, signature, manifest and grants."""
+    container = stack.enter_context(Container(path))
+    header = read_header(container, ("release",), job.digest)
+    if not isinstance(header, ReleaseHeader):
+        raise FormatError(f"{path}: expected a release")
+    length = job.groups(header.manifest.values) * job.group_bytes
+    container.require({SEALED: (primitives.sealed_length(length),)})
+    digest = container.verify(header.kind, job.server.sign, work.progress).hex()
+    check_manifest(job, header.manifest, path)
+    check_grants(header, path)
+    return container, header, digest
+
+
+def _verify_release(
+    job: Job, path: Path, pool: _Pool, stack: ExitStack, work: Work
+) -> dict[str, Any]:
+    _, header, digest = open_release(job, path, stack, work)
+    found: dict[str, Any] = {
+        "digest": digest,
+        "round": header.round,
+        "signature": "valid",
+        "may_open": list(header.names),
+        "admitted": list(header.admitted),
+        "result": "not compared: add --model ENC",
+    }
+    result = pool.models.get(header.of)
+    if result is not None:
+        pool.used.add(result.path)
+        if result.header != header.manifest:
+            raise VerificationError(f"{path}: its manifest is not that of {result.path}")
+        found["result"] = "the manifest is that of the result it names"
+        if pool.uploads or pool.reveals or pool.initial:
+            behind = _verify_result(job, result.path, pool, stack, work)
+            found["product"] = behind["product"]
+    return found
+
+
+def _verify_document(job: Job, path: Path) -> dict[str, Any]:
+    document = load_signed(path, job)
+    found: dict[str, Any] = {
+        "digest": document.digest,
+        "signer": document.signer,
+        "round": document.round,
+        "signature": "valid",
+    }
+    match document:
+        case Close():
+            if {*document.names, *document.missing} != set(job.names):
+                raise FormatError(f"{path}: not about this job's roster")
+            return found | {
+                "contributors": list(document.names),
+                "missing": list(document.missing),
+            }
+        case Reveal():
+            return found | {"close": document.close, "missing": sorted(document.keys)}

@@ -1,0 +1,401 @@
+"""Audit by the center, verification by anyone, and to whom results are released."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dtl.core.files import canonical_json
+from safetensors.numpy import load_file
+
+from tests.forging import Statement, header_of, resign
+from tests.helpers import Arrays, Cli, Round, random_arrays
+
+NewRound = Callable[..., Round]
+FOUR = ("a", "b", "c", "d")
+
+
+@pytest.fixture
+def masked(new_round: NewRound) -> Round:
+    return new_round(FOUR, masks=True)
+
+
+class Chain:
+    """An honest chain of rounds with everyone in, file by file."""
+
+    def __init__(self, round_: Round, rounds: int) -> None:
+        self.round = round_
+        self.w0 = plain = round_.save("w0.safetensors", random_arrays(70, 0.5))
+        self.uploads: list[list[Path]] = []
+        self.models: list[Path] = []
+        self.opened: list[Path] = []
+        for number in range(1, rounds + 1):
+            given = {p: random_arrays(10 * number + i) for i, p in enumerate(round_.names)}
+            made = round_.uploads(given, "--model", plain, tag=f"-{number}")
+            source = ("--model", self.models[-1]) if self.models else ("--initial", self.w0)
+            model = round_.aggregate(made, *source, out=f"model-{number}.enc")
+            release = round_.release(model, out=f"model-{number}.release")
+            plain = round_.open(release, "a", out=f"w{number}.safetensors")
+            self.uploads.append(made)
+            self.models.append(model)
+            self.opened.append(plain)
+
+    def evidence(self) -> list[object]:
+        flat = [path for uploads in self.uploads for path in uploads]
+        parents = [item for path in self.models[:-1] for item in ("--model", path)]
+        return ["--uploads", *flat, *parents, "--initial", self.w0]
+
+
+def verify(round_: Round, path: Path, *evidence: object, code: int = 0) -> dict[str, object]:
+    job = ("--job", round_.keys / "job.json", "--json")
+    result = round_.dtl("verify", path, *job, *evidence, code=code)
+    return {} if code else result.json
+
+
+def audit(round_: Round, *arguments: object, code: int = 0) -> list[dict[str, object]]:
+    command = ("audit", *arguments, "--key", round_.key("kgc"), "--json")
+    result = round_.dtl(*command, code=code)
+    found: list[dict[str, object]] = json.loads(result.out)["files"] if result.out else []
+    return found
+
+
+# --- verify --------------------------------------------------------------------------------
+
+
+def test_an_honest_chain_verifies_back_to_round_one(masked: Round) -> None:
+    chain = Chain(masked, 3)
+    found = verify(masked, chain.models[-1], *chain.evidence())
+    assert found["rounds_recomputed"] == 3
+    for number, model in enumerate(chain.models):
+        parent = ("--model", chain.models[number - 1]) if number else ()
+        given = ("--uploads", *chain.uploads[number], *parent, "--initial", chain.w0)
+        assert verify(masked, model, *given)["rounds_recomputed"] == 1
+        assert verify(masked, model)["product"] == "not recomputed: no uploads given"
+        verify(masked, chain.uploads[number][0])
+        release = masked.folder / f"model-{number + 1}.release"
+        assert "names" in str(verify(masked, release, "--model", model)["result"])
+    verify(masked, masked.keys / "job.json")
+    # Not from the wrong parent, not with uploads of another round, not without the start.
+    verify(
+        masked, chain.models[2], "--uploads", *chain.uploads[2], "--model", chain.models[0], code=4
+    )
+    verify(masked, chain.models[2], "--uploads", *chain.uploads[1], code=4)
+    verify(masked, chain.models[2], "--uploads", *chain.uploads[2], code=4)
+    verify(
+        masked, chain.models[0], "--uploads", *chain.uploads[0][:3], "--initial", chain.w0, code=4
+    )
+
+
+def test_each_changed_byte_in_a_chain_is_refused(masked: Round) -> None:
+    from dtl.cli import app
+
+    chain = Chain(masked, 3)
+    job = masked.keys / "job.json"
+    arguments = ["verify", chain.models[-1], "--job", job, *chain.evidence()]
+    generator = np.random.default_rng(5)
+    for victim in (*chain.models, chain.uploads[0][0], chain.uploads[2][3], chain.w0, job):
+        original = victim.read_bytes()
+        header = 8 + int.from_bytes(original[:8], "little") if victim != job else len(original)
+        places = [*generator.integers(0, header, 6), *generator.integers(0, len(original), 6)]
+        for place in places:
+            changed = bytearray(original)
+            changed[place] ^= 1 << int(generator.integers(8))
+            victim.write_bytes(changed)
+            code = app.run([str(argument) for argument in arguments])
+            assert code in (3, 4), (victim, place)
+        victim.write_bytes(original)
+    assert app.run([str(argument) for argument in arguments]) == 0
+
+
+def test_a_server_that_cheats_with_a_model(masked: Round) -> None:
+    chain = Chain(masked, 2)
+    secret = masked.opened_key("server").secrets.sign
+    model, parent = chain.models[1], chain.models[0]
+    given = ("--uploads", *chain.uploads[1], "--model", parent)
+    # It leaves one upload out of the product, but names it all the same.
+    ledger = masked.keys / "server.ledger"
+    ledger.write_bytes(ledger.read_bytes().split(b"\n")[0] + b"\n")
+    forged = resign(parent, header_of(model), secret, masked.folder / "left-out")
+    verify(masked, forged, *given, code=4)
+    for number, changes in enumerate(
+        (
+            {"contributions": dict.fromkeys(FOUR, 7)},
+            {"parent": header_of(parent)["initial"]},
+            {"initial": "0" * 128},
+            {"round": 9},
+        )
+    ):
+        bad = resign(model, changes, secret, masked.folder / f"bad{number}")
+        verify(masked, bad, *given, code=4)
+    # A swapped upload: another of the same participant.
+    other = masked.folder / "other"
+    resign(chain.uploads[1][2], {}, masked.opened_key("c").secrets.sign, other)
+    assert other.read_bytes() == chain.uploads[1][2].read_bytes()
+    copied = masked.keys / "c.ledger"
+    copied.write_bytes(copied.read_bytes().split(b"\n")[0] + b"\n")
+    swapped = masked.upload("c", random_arrays(99), "--model", chain.opened[0], out="swapped")
+    uploads = [*chain.uploads[1][:2], swapped, chain.uploads[1][3]]
+    verify(masked, model, "--uploads", *uploads, "--model", parent, code=4)
+
+
+def test_a_release_to_strangers_is_refused_by_everyone(masked: Round) -> None:
+    uploads = masked.uploads({p: random_arrays(i) for i, p in enumerate(FOUR)})
+    result = masked.aggregate(uploads)
+    release = masked.release(result, "--to", "a,b")
+    header = header_of(release)
+    secret = masked.opened_key("server").secrets.sign
+    manifest = header["manifest"] | {
+        "contributors": header["manifest"]["contributors"][1:],
+        "missing": ["a"],
+        "contributions": dict.fromkeys("bcd", 1),
+    }
+    bad = resign(release, {"manifest": manifest}, secret, masked.folder / "bad")
+    verify(masked, bad, code=4)
+    masked.open(bad, "b", code=4)
+
+
+# --- audit ---------------------------------------------------------------------------------
+
+
+def test_an_honest_round_is_found_good(masked: Round) -> None:
+    chain = Chain(masked, 2)
+    first = audit(masked, *chain.uploads[0], chain.models[0])
+    assert [f["verdict"] for f in first] == ["good"] * 5
+    assert {str(f["masks"]) for f in first[:4]} == {"as they should be"}
+    for base in (chain.opened[0], chain.models[0]):
+        second = audit(masked, *chain.uploads[1], "--model", base)
+        assert [f["verdict"] for f in second] == ["good"] * 4
+    together = audit(masked, *chain.uploads[1], chain.models[0])
+    assert [f["verdict"] for f in together] == ["good"] * 5
+    norm = float(np.sqrt(sum((array**2).sum() for array in random_arrays(10).values())) / 4)
+    assert first[0]["norm"] == pytest.approx(norm, rel=1e-3)
+    assert first[0]["share_clamped"] == 0
+
+
+def test_the_center_recovers_a_model_and_an_upload_alone(masked: Round) -> None:
+    chain = Chain(masked, 1)
+    out = masked.folder / "recovered.safetensors"
+    for name in ("server.key", "a.key", "b.key"):
+        (masked.keys / name).unlink()
+    audit(masked, chain.models[0], "--plaintext", out)
+    assert out.read_bytes() == chain.opened[0].read_bytes()
+    audit(masked, chain.uploads[0][1], "--plaintext", out, code=2)
+    audit(masked, chain.uploads[0][1], "--plaintext", out, "--force")
+    for name, array in load_file(out).items():
+        assert np.abs(array - random_arrays(11)[name] / 4).max() < 2**-20
+    audit(masked, *chain.uploads[0], "--plaintext", masked.folder / "x.npz", code=2)
+
+
+def spoil(round_: Round, name: str, partner: str) -> None:
+    """Give a participant a wrong mask seed."""
+    path = round_.key(name)
+    plain = json.loads(path.read_bytes())
+    plain["mask_seeds"][partner] = plain["sign"]
+    path.write_bytes(canonical_json.dumps(plain))
+
+
+def test_wrong_masks_are_traced_to_their_sender(masked: Round) -> None:
+    spoil(masked, "c", "b")
+    uploads = masked.uploads({p: random_arrays(i) for i, p in enumerate(FOUR)})
+    result = masked.aggregate(uploads)
+    masked.open(masked.release(result), "a", code=4)
+    verdicts = audit(masked, *uploads, result, code=4)
+    good = {str(v["signer"]): v["verdict"] == "good" for v in verdicts}
+    assert good == {"a": True, "b": True, "c": False, "d": True, "server": False}
+    bad = verdicts[2]
+    assert bad["wrongly_masked_groups"] == [0, 1, 2]
+    assert "0-2" in str(bad["verdict"])
+    assert not verdicts[4]["opens"]
+    error = masked.dtl("audit", *uploads, "--key", masked.key("kgc"), code=4).err
+    assert "by c" in error
+
+
+def test_a_wrong_reveal_is_traced_to_its_sender(masked: Round) -> None:
+    uploads = masked.uploads({p: random_arrays(i) for i, p in enumerate("abc")})
+    closed = masked.folder / "close"
+    masked.dtl("close-round", *uploads, "--key", masked.key("server"), "-o", closed)
+    spoil(masked, "b", "d")
+    reveals = []
+    for p in "abc":
+        reveals.append(masked.folder / f"{p}.reveal")
+        masked.dtl("reveal-masks", closed, "--key", masked.key(p), "-o", reveals[-1])
+    result = masked.aggregate(uploads, "--close", closed, "--reveals", *reveals)
+    masked.open(masked.release(result), "a", code=4)
+    verdicts = audit(masked, *uploads, result, "--reveals", *reveals, code=4)
+    bad = {v["file"] for v in verdicts if v["verdict"] != "good"}
+    assert bad == {str(result), str(reveals[1])}
+    assert audit(masked, *uploads, reveals[0])[-1]["verdict"] == "good"
+
+
+@pytest.mark.parametrize("place", [(1, 0), (2, 5)])
+def test_malformed_groups_are_named(masked: Round, place: tuple[int, int]) -> None:
+    uploads = masked.uploads({p: random_arrays(i) for i, p in enumerate(FOUR)})
+    forged = Statement(masked, "a", header_of(uploads[0]), 3)
+    numbers = forged.numbers()
+    group, column = place
+    n = masked.job.N
+    numbers[8 * group + column] = numbers[8 * group + column] * (3 if column else 1 + n) % n**2
+    forged.send(numbers)
+    bad = forged.write("bad.upload")
+    verdict = audit(masked, bad, code=4)[0]
+    assert verdict["malformed_groups"] == [group]
+    assert verdict["proof"] == "does not hold"
+
+
+def test_values_out_of_range_and_clamped_ones(new_round: NewRound) -> None:
+    round_ = new_round()
+    upload = round_.upload("alice", {"x": np.array([5.0, 0, -5, 0.1], np.float32)})
+    verdict = audit(round_, upload)[0]
+    assert verdict["share_clamped"] == 0.5
+    assert verdict["masks"] == "none"
+    forged = Statement(round_, "bob", header_of(upload), 1)
+    step = round_.job.fixed_point.max_step + 1
+    forged.blocks = round_.job.packing.pack(np.array([step, 0, -step, 1]), 7).reshape(1, 7, -1)
+    forged.residues = forged.honest()
+    bad = forged.write("bad")
+    verdict = audit(round_, bad, code=4)[0]
+    assert verdict["share_out_of_range"] == 0.5
+    assert verdict["proof"] == "holds"
+
+
+def test_audit_takes_only_signed_files_unless_told(new_round: NewRound) -> None:
+    round_ = new_round()
+    upload = round_.upload("alice", random_arrays(1))
+    bad = round_.folder / "bad"
+    text = upload.read_bytes()
+    at = text.index(b'signature":"') + len(b'signature":"')
+    bad.write_bytes(text[:at] + b"0" * 128 + text[at + 128 :])
+    assert audit(round_, bad, code=4) == []
+    assert audit(round_, bad, "--unsigned")[0]["verdict"] == "good"
+
+
+def test_a_job_without_master_key_cannot_be_audited(
+    dtl: Cli, tmp_path: Path, fixed_primes: None
+) -> None:
+    job = tmp_path / "job"
+    sizes = ("--modulus-bits", 512, "--insecure", "--discard-master")
+    dtl("keygen", job, "--participants", "a,b,c", *sizes)
+    assert not (job / "kgc.key").exists()
+    (tmp_path / "u").touch()
+    error = dtl("audit", tmp_path / "u", "--key", job / "kgc.key", code=5).err
+    assert "cannot be audited" in error
+    dtl("audit", tmp_path / "u", "--key", job / "server.key", code=5)
+
+
+def test_audit_prints_no_values(masked: Round) -> None:
+    arrays: Arrays = {"x": np.full(40, 0.123456, np.float32)}
+    uploads = masked.uploads(dict.fromkeys(FOUR, arrays), "--rounding", "nearest")
+    shown = masked.dtl("audit", *uploads, "--key", masked.key("kgc")).out
+    assert "verdict" in shown
+    spoil(masked, "a", "b")
+
+
+# --- release policies ------------------------------------------------------------------------
+
+
+def may_open(round_: Round, model: Path, *options: object, code: int = 0) -> list[str]:
+    out = round_.folder / "policy.release"
+    command = ("release-model", model, "--key", round_.key("server"), "-o", out, "--json")
+    result = round_.dtl(*command, *options, code=code)
+    if code:
+        assert not out.exists()
+        return []
+    out.unlink()
+    found: list[str] = result.json["may_open"]
+    return found
+
+
+@pytest.fixture
+def uneven(new_round: NewRound) -> tuple[Round, Path]:
+    """Three rounds: d never, c not in the last two."""
+    round_ = new_round(("a", "b", "c", "d"), "--min-contributors", 2)
+    w0 = round_.save("w0.safetensors", random_arrays(1))
+    plain, model = w0, w0
+    for number, present in ((1, "abc"), (2, "ab"), (5, "ab")):
+        given = {p: random_arrays(number) for p in present}
+        options = ("--model", plain, "--round", number)
+        uploads = round_.uploads(given, *options, tag=str(number))
+        model = round_.aggregate(
+            uploads, "--initial" if number == 1 else "--model", model, out=f"{number}.enc"
+        )
+        plain = round_.open(
+            round_.release(model, out=f"r{number}"), "a", out=f"w{number}.safetensors"
+        )
+    return round_, model
+
+
+def test_policies(uneven: tuple[Round, Path]) -> None:
+    round_, model = uneven
+    assert header_of(model)["contributions"] == {"a": 3, "b": 3, "c": 1}
+    assert may_open(round_, model) == ["a", "b", "c"]
+    assert may_open(round_, model, "--min-rounds", 2) == ["a", "b"]
+    assert may_open(round_, model, "--min-share", 0.34) == ["a", "b"]
+    assert may_open(round_, model, "--min-share", 0.33) == ["a", "b", "c"]
+    assert may_open(round_, model, "--min-share", 1) == ["a", "b"]
+    assert may_open(round_, model, "--to", "c") == ["c"]
+    may_open(round_, model, "--to", "c", "--min-rounds", 2, code=5)
+    may_open(round_, model, "--to", "d", code=5)
+    may_open(round_, model, "--min-rounds", 9, code=5)
+    may_open(round_, model, "--min-rounds", 0, code=2)
+    may_open(round_, model, "--min-share", 1.5, code=2)
+    may_open(round_, model, "--admit", "zoe", code=2)
+    may_open(round_, model, "--admit", "a", code=2)
+
+
+def test_an_admission_is_given_once_and_lapses(uneven: tuple[Round, Path]) -> None:
+    round_, model = uneven
+    release = round_.release(model, "--admit", "d", out="admitting")
+    assert header_of(release)["admitted"] == ["d"]
+    shown = round_.dtl("inspect", release, "--job", round_.keys / "job.json", "--json").json
+    assert "admitted" in shown["may_open"]["d"]
+    assert "3 rounds" in shown["may_open"]["a"]
+    round_.open(release, "d", out="d.safetensors")
+    assert may_open(round_, model, "--admit", "d") == ["a", "b", "c", "d"]  # the same result
+    assert may_open(round_, model) == ["a", "b", "c"]
+
+    def go_on(number: int, present: str, source: Path, plain: str) -> Path:
+        given = {p: random_arrays(number) for p in present}
+        uploads = round_.uploads(given, "--model", round_.folder / plain, tag=str(number))
+        return round_.aggregate(uploads, "--model", source, out=f"{number}.enc")
+
+    # No contribution follows: no grant, and no second admission.
+    without = go_on(6, "ab", model, "w5.safetensors")
+    assert may_open(round_, without) == ["a", "b", "c"]
+    may_open(round_, without, "--admit", "d", code=5)
+    may_open(round_, without, "--to", "d", code=5)
+    # It contributes after all: from then on it is one of them.
+    plain = round_.open(round_.release(without, out="r6"), "a", out="w6.safetensors")
+    assert plain.exists()
+    with_d = go_on(7, "abd", without, "w6.safetensors")
+    assert may_open(round_, with_d) == ["a", "b", "c", "d"]
+    may_open(round_, with_d, "--admit", "d", code=2)
+
+
+def test_participants_notice_a_second_admission(uneven: tuple[Round, Path]) -> None:
+    round_, model = uneven
+    release = round_.release(model, "--admit", "d", out="admitting")
+    round_.open(release, "b", out="b.safetensors")
+    ledger = round_.keys / "server.ledger"
+    lines = ledger.read_bytes().splitlines(keepends=True)
+    ledger.write_bytes(b"".join(lines[:-1]))  # the server forgets
+    uploads = round_.uploads(
+        {p: random_arrays(6) for p in "ab"}, "--model", round_.folder / "w5.safetensors", tag="6"
+    )
+    later = round_.aggregate(uploads, "--model", model, out="6.enc")
+    again = round_.release(later, "--admit", "d", out="again")
+    round_.open(again, "b", "--force", code=4)
+
+
+def test_a_second_result_on_one_base_needs_consent(new_round: NewRound) -> None:
+    round_ = new_round()
+    w0 = round_.save("w0.safetensors", random_arrays(1))
+    results = []
+    for number in (1, 2):
+        options = ("--model", w0, "--round", number, "--accept-differencing")
+        given = {p: random_arrays(number) for p in round_.names}
+        uploads = round_.uploads(given, *options, tag=str(number))
+        results.append(round_.aggregate(uploads, "--initial", w0, out=f"{number}.enc"))
+    round_.release(results[0], out="r1")
+    round_.release(results[1], out="r2", code=5)
+    round_.release(results[1], "--accept-differencing", out="r2")
