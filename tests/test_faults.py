@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from dtl.core.files import ledger
 from dtl.core.files.atomic import AtomicFolder, AtomicOutput, write_file
-from dtl.core.roles import participant
+from dtl.core.roles.participant import encrypting
 
 from tests.helpers import Round, random_arrays
 
@@ -131,7 +131,7 @@ def test_gradients_that_change_while_they_are_read(
     new_round: NewRound, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     round_ = new_round()
-    original = participant._encrypted
+    original = encrypting._encrypted
 
     arrays = random_arrays(1)
     path = round_.save("alice.grads.safetensors", arrays)
@@ -143,7 +143,7 @@ def test_gradients_that_change_while_they_are_read(
         return original(*arguments)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(participant, "_encrypted", in_place)
+        patch.setattr(encrypting, "_encrypted", in_place)
         round_.upload("alice", arrays, code=3)
     assert not (round_.folder / "alice.upload").exists()
     round_.upload("alice", arrays)

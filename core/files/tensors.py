@@ -1,4 +1,4 @@
-"""Plain tensors: gradients, weights and shards as .safetensors or .npz, read piece by piece.
+"""Plain tensors: gradients and weights as .safetensors or .npz, read piece by piece.
 
 Any framework's arrays will do: named, of dtype float16, bfloat16, float32 or float64. dtl
 adds metadata of its own (`PlainMetadata`) where it knows the round and the base: in
@@ -16,11 +16,11 @@ from typing import IO, Literal, Protocol
 import numpy as np
 from dtl.core.crypto.primitives import fields, u32
 from dtl.core.encoding.fixed_point import Reals
-from dtl.core.errors import FormatError, NumericError, UsageError, VerificationError
+from dtl.core.errors import FormatError, NumericError, VerificationError
 from dtl.core.files import canonical_json
-from dtl.core.files.atomic import AtomicOutput, machine_errors, read_start
+from dtl.core.files.atomic import machine_errors, read_start
 from dtl.core.files.headers import Layout, TensorSpec, check_layout
-from dtl.core.files.safetensors import SafetensorsFile, build_header
+from dtl.core.files.safetensors import SafetensorsFile
 from dtl.core.files.schema import FORMAT, Digest, Document, Round
 from numpy.lib import format as npy
 from numpy.typing import NDArray
@@ -29,9 +29,9 @@ SUFFIXES = (".safetensors", ".npz")
 METADATA_KEY, METADATA_ARRAY = "dtl", "__dtl__"
 READ_VALUES = 1 << 18
 MAX_METADATA_BYTES = 1 << 16
-_BF16 = "BF16"
-_NUMPY = {"F16": "<f2", _BF16: "<u2", "F32": "<f4", "F64": "<f8"}
-_ITEM_BYTES = {name: np.dtype(text).itemsize for name, text in _NUMPY.items()}
+BF16 = "BF16"
+NUMPY_DTYPES = {"F16": "<f2", BF16: "<u2", "F32": "<f4", "F64": "<f8"}
+_ITEM_BYTES = {name: np.dtype(text).itemsize for name, text in NUMPY_DTYPES.items()}
 _ZIP_MAGIC = b"PK"
 
 
@@ -196,15 +196,15 @@ def item_bytes(dtype: str) -> int:
 
 def to_reals(data: bytes, dtype: str) -> Reals:
     """Little-endian bytes as float64; exact."""
-    if dtype == _BF16:
+    if dtype == BF16:
         return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-    return np.frombuffer(data, _NUMPY[dtype]).astype(np.float64)
+    return np.frombuffer(data, NUMPY_DTYPES[dtype]).astype(np.float64)
 
 
 def from_reals(reals: Reals, dtype: str) -> bytes:
     """float64 as little-endian bytes of a dtype, rounded to nearest (bfloat16 by float32)."""
-    if dtype != _BF16:
-        data: bytes = reals.astype(_NUMPY[dtype]).tobytes()
+    if dtype != BF16:
+        data: bytes = reals.astype(NUMPY_DTYPES[dtype]).tobytes()
         return data
     # bfloat16 is the upper half of float32; the carry of the rounding runs upwards.
     wide = reals.astype("<f4").view("<u4")
@@ -326,14 +326,14 @@ class _NpzTensors:
 
 def _dtype_name(dtype: np.dtype[np.generic]) -> str:
     if dtype.str == "|V2":  # how numpy stores the bfloat16 of ml_dtypes
-        return _BF16
-    known = {text: name for name, text in _NUMPY.items() if name != _BF16}
+        return BF16
+    known = {text: name for name, text in NUMPY_DTYPES.items() if name != BF16}
     return known.get(dtype.str, str(dtype))
 
 
 def _make_layout(specs: Sequence[tuple[str, tuple[int, ...], str]], path: Path) -> Layout:
     for name, _, dtype in specs:
-        if dtype not in _NUMPY:
+        if dtype not in NUMPY_DTYPES:
             raise FormatError(
                 f"{path}: tensor {name!r}: expected float16, bfloat16, float32 or float64 "
                 f"(little-endian), found {dtype}"
@@ -351,107 +351,6 @@ def _read_metadata(text: str | None, path: Path) -> PlainMetadata | None:
     if text is None:
         return None
     return PlainMetadata.decode(text.encode("utf-8", "surrogatepass"), f"{path}: metadata")
-
-
-# --- writing ---------------------------------------------------------------------------------
-
-
-def check_suffix(path: Path) -> None:
-    """Raise UsageError unless the name ends in .safetensors or .npz."""
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path}: expected a name that ends in .safetensors or .npz")
-
-
-class TensorWriter:
-    """Writes tensors in packing order, values as they come, into a file of either format.
-
-    The metadata may be known only at the end: `finish` takes it, and `draft` gives its length.
-    """
-
-    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
-        sink = _NpzSink if output.path.suffix == ".npz" else _SafetensorsSink
-        self._sink: _NpzSink | _SafetensorsSink = sink(output, layout, draft)
-        self._todo = [(spec, spec.values) for spec in layout]
-
-    def write(self, reals: Reals) -> None:
-        """Append values."""
-        while reals.size:
-            spec, left = self._todo[0]
-            part, reals = reals[:left], reals[left:]
-            if part.size:
-                self._sink.write(spec, from_reals(part, spec.dtype))
-            self._todo[0] = (spec, left - part.size)
-            if left == part.size:
-                self._todo.pop(0)
-
-    def finish(self, metadata: PlainMetadata | None) -> None:
-        """Complete the file."""
-        if any(left for _, left in self._todo):
-            raise ValueError("values are missing")
-        self._sink.finish(metadata)
-
-
-class _SafetensorsSink:
-    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
-        self._output = output
-        # Wide dtypes first, as the reference writer does, so that every tensor is aligned.
-        ordered = sorted(layout, key=lambda spec: -item_bytes(spec.dtype))
-        self._tensors = [(spec.name, spec.dtype, spec.shape) for spec in ordered]
-        self._place = {}
-        start = len(self._header(draft))
-        for spec in ordered:
-            self._place[spec.name] = start
-            start += spec.values * item_bytes(spec.dtype)
-
-    def _header(self, metadata: PlainMetadata | None) -> bytes:
-        texts = {METADATA_KEY: metadata.encode().decode()} if metadata else {}
-        return build_header(texts, self._tensors)
-
-    def write(self, spec: TensorSpec, data: bytes) -> None:
-        self._output.write_at(data, self._place[spec.name])
-        self._place[spec.name] += len(data)
-
-    def finish(self, metadata: PlainMetadata | None) -> None:
-        self._output.write_at(self._header(metadata), 0)
-
-
-class _NpzSink:
-    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
-        self._file = output.stream()
-        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
-        self._member: IO[bytes] | None = None
-        self._member_name = ""
-        self._empty = [spec for spec in layout if not spec.values]
-
-    def write(self, spec: TensorSpec, data: bytes) -> None:
-        self._member_of(spec).write(data)
-
-    def _member_of(self, spec: TensorSpec) -> IO[bytes]:
-        if self._member is not None and self._member_name == spec.name:
-            return self._member
-        self._close_member()
-        self._member = self._zip.open(zipfile.ZipInfo(f"{spec.name}.npy"), "w", force_zip64=True)
-        self._member_name = spec.name
-        descr = "|V2" if spec.dtype == _BF16 else _NUMPY[spec.dtype]
-        header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
-        npy.write_array_header_1_0(self._member, header)
-        return self._member
-
-    def _close_member(self) -> None:
-        if self._member is not None:
-            self._member.close()
-            self._member = None
-
-    def finish(self, metadata: PlainMetadata | None) -> None:
-        for spec in self._empty:
-            self._member_of(spec)
-        self._close_member()
-        if metadata:
-            text = np.array(metadata.encode().decode())
-            with self._zip.open(zipfile.ZipInfo(f"{METADATA_ARRAY}.npy"), "w") as member:
-                npy.write_array(member, text, allow_pickle=False)
-        self._zip.close()
-        self._file.close()
 
 
 def read_arrays(path: Path) -> tuple[dict[str, NDArray[np.float64]], PlainMetadata | None]:
@@ -473,21 +372,3 @@ def make_layout(arrays: dict[str, NDArray[np.float64]], dtype: str) -> Layout:
     return _make_layout(
         [(name, array.shape, dtype) for name, array in arrays.items()], Path("arrays")
     )
-
-
-def write_arrays(
-    path: Path,
-    arrays: dict[str, NDArray[np.float64]],
-    dtype: str,
-    metadata: PlainMetadata | None,
-    force: bool = False,
-) -> None:
-    """Write arrays to a plain file, all in one dtype."""
-    check_suffix(path)
-    layout = make_layout(arrays, dtype)
-    with AtomicOutput(path, force) as output:
-        writer = TensorWriter(output, layout, metadata)
-        for spec in layout:
-            writer.write(arrays[spec.name].ravel())
-        writer.finish(metadata)
-        output.commit()

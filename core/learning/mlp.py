@@ -14,13 +14,13 @@ import numpy as np
 from dtl.core.errors import FormatError, NumericError, UsageError
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.shards import Shard, load_shard
+from dtl.core.files.tensor_writer import write_arrays
 from dtl.core.files.tensors import (
     PlainMetadata,
     make_initial_digest,
     open_tensors,
     read_arrays,
     weights_metadata,
-    write_arrays,
 )
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning

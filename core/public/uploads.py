@@ -19,7 +19,8 @@ from dtl.core.files.documents import Job
 from dtl.core.files.headers import UploadHeader, read_header, same_shapes
 from dtl.core.parallel import Work, default_workers
 
-MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1024  # groups a task; many make the buckets cheap
+MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 2048  # groups a task; many make the buckets cheap
+POOL_FROM_GROUPS = 768  # below this, one core is done before a pool of processes has started
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def check_proof(job: Job, upload: Upload, work: Work) -> None:
         step = min(MAX_PROOF_GROUPS, max(MIN_PROOF_GROUPS, -(-groups // workers)))
         rows, pieces = upload.rows, spans(groups, step)
         tasks = ((key, rows, rho[first : first + count], first, count) for first, count in pieces)
-        serial_below = 2 if groups >= MAX_PROOF_GROUPS else len(pieces) + 1
+        serial_below = 2 if groups >= POOL_FROM_GROUPS else len(pieces) + 1
         partial = work.map(f"check {path.name}", _weigh, tasks, len(pieces), serial_below)
         proof.verify(key, found, _multiply(key, partial))
     except VerificationError as error:

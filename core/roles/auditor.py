@@ -22,7 +22,8 @@ from dtl.core.files.container import PROOF, RESIDUES, Container, Rows, is_contai
 from dtl.core.files.documents import KGC, Job, Key, KgcSecrets, participant_half, server_half
 from dtl.core.files.headers import ResultHeader, UploadHeader, read_header
 from dtl.core.files.schema import FORMAT
-from dtl.core.files.tensors import PlainMetadata, TensorWriter, VectorDigest
+from dtl.core.files.tensor_writer import TensorWriter, check_suffix
+from dtl.core.files.tensors import PlainMetadata, VectorDigest
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import uploads
 from dtl.core.public.uploads import Upload
@@ -91,7 +92,7 @@ def audit(
     """
     key.require(KGC)
     if options.plaintext is not None:
-        tensors.check_suffix(options.plaintext)
+        check_suffix(options.plaintext)
         check_output(options.plaintext, options.force)
         if len(paths) != 1:
             raise UsageError("--plaintext: expected exactly one file to open")

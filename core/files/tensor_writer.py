@@ -1,0 +1,141 @@
+"""Write plain tensors piece by piece, as .safetensors or .npz by the name of the file."""
+
+import zipfile
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+from dtl.core.encoding.fixed_point import Reals
+from dtl.core.errors import UsageError
+from dtl.core.files.atomic import AtomicOutput
+from dtl.core.files.headers import Layout, TensorSpec
+from dtl.core.files.safetensors import build_header
+from dtl.core.files.tensors import (
+    BF16,
+    METADATA_ARRAY,
+    METADATA_KEY,
+    NUMPY_DTYPES,
+    SUFFIXES,
+    PlainMetadata,
+    from_reals,
+    item_bytes,
+    make_layout,
+)
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
+
+def check_suffix(path: Path) -> None:
+    """Raise UsageError unless the name ends in .safetensors or .npz."""
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path}: expected a name that ends in .safetensors or .npz")
+
+
+class TensorWriter:
+    """Writes tensors in packing order, values as they come, into a file of either format.
+
+    The metadata may be known only at the end: `finish` takes it, and `draft` gives its length.
+    """
+
+    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
+        sink = _NpzSink if output.path.suffix == ".npz" else _SafetensorsSink
+        self._sink: _NpzSink | _SafetensorsSink = sink(output, layout, draft)
+        self._todo = [(spec, spec.values) for spec in layout]
+
+    def write(self, reals: Reals) -> None:
+        """Append values."""
+        while reals.size:
+            spec, left = self._todo[0]
+            part, reals = reals[:left], reals[left:]
+            if part.size:
+                self._sink.write(spec, from_reals(part, spec.dtype))
+            self._todo[0] = (spec, left - part.size)
+            if left == part.size:
+                self._todo.pop(0)
+
+    def finish(self, metadata: PlainMetadata | None) -> None:
+        """Complete the file."""
+        if any(left for _, left in self._todo):
+            raise ValueError("values are missing")
+        self._sink.finish(metadata)
+
+
+class _SafetensorsSink:
+    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
+        self._output = output
+        # Wide dtypes first, as the reference writer does, so that every tensor is aligned.
+        ordered = sorted(layout, key=lambda spec: -item_bytes(spec.dtype))
+        self._tensors = [(spec.name, spec.dtype, spec.shape) for spec in ordered]
+        self._place = {}
+        start = len(self._header(draft))
+        for spec in ordered:
+            self._place[spec.name] = start
+            start += spec.values * item_bytes(spec.dtype)
+
+    def _header(self, metadata: PlainMetadata | None) -> bytes:
+        texts = {METADATA_KEY: metadata.encode().decode()} if metadata else {}
+        return build_header(texts, self._tensors)
+
+    def write(self, spec: TensorSpec, data: bytes) -> None:
+        self._output.write_at(data, self._place[spec.name])
+        self._place[spec.name] += len(data)
+
+    def finish(self, metadata: PlainMetadata | None) -> None:
+        self._output.write_at(self._header(metadata), 0)
+
+
+class _NpzSink:
+    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
+        self._file = output.stream()
+        self._zip = zipfile.ZipFile(self._file, "w", zipfile.ZIP_STORED, allowZip64=True)
+        self._member: IO[bytes] | None = None
+        self._member_name = ""
+        self._empty = [spec for spec in layout if not spec.values]
+
+    def write(self, spec: TensorSpec, data: bytes) -> None:
+        self._member_of(spec).write(data)
+
+    def _member_of(self, spec: TensorSpec) -> IO[bytes]:
+        if self._member is not None and self._member_name == spec.name:
+            return self._member
+        self._close_member()
+        self._member = self._zip.open(zipfile.ZipInfo(f"{spec.name}.npy"), "w", force_zip64=True)
+        self._member_name = spec.name
+        descr = "|V2" if spec.dtype == BF16 else NUMPY_DTYPES[spec.dtype]
+        header = {"descr": descr, "fortran_order": False, "shape": spec.shape}
+        npy.write_array_header_1_0(self._member, header)
+        return self._member
+
+    def _close_member(self) -> None:
+        if self._member is not None:
+            self._member.close()
+            self._member = None
+
+    def finish(self, metadata: PlainMetadata | None) -> None:
+        for spec in self._empty:
+            self._member_of(spec)
+        self._close_member()
+        if metadata:
+            text = np.array(metadata.encode().decode())
+            with self._zip.open(zipfile.ZipInfo(f"{METADATA_ARRAY}.npy"), "w") as member:
+                npy.write_array(member, text, allow_pickle=False)
+        self._zip.close()
+        self._file.close()
+
+
+def write_arrays(
+    path: Path,
+    arrays: dict[str, NDArray[np.float64]],
+    dtype: str,
+    metadata: PlainMetadata | None,
+    force: bool = False,
+) -> None:
+    """Write arrays to a plain file, all in one dtype."""
+    check_suffix(path)
+    layout = make_layout(arrays, dtype)
+    with AtomicOutput(path, force) as output:
+        writer = TensorWriter(output, layout, metadata)
+        for spec in layout:
+            writer.write(arrays[spec.name].ravel())
+        writer.finish(metadata)
+        output.commit()

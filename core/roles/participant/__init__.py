@@ -1,0 +1,14 @@
+"""A participant: encrypts its gradients, reveals masks, opens what was released to it."""
+
+from dtl.core.roles.participant.encrypting import UploadOptions, UploadReport, encrypt_gradients
+from dtl.core.roles.participant.opening import OpenReport, open_release
+from dtl.core.roles.participant.revealing import reveal_masks
+
+__all__ = [
+    "OpenReport",
+    "UploadOptions",
+    "UploadReport",
+    "encrypt_gradients",
+    "open_release",
+    "reveal_masks",
+]

@@ -1,0 +1,117 @@
+"""What the server accepts: each upload checked, one a participant and round, enough of them."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtl.core.errors import DtlError, FormatError, NotAllowedError, QuorumError
+from dtl.core.files.documents import Job
+from dtl.core.files.ledger import AggregateEntry, CloseEntry, Ledger
+from dtl.core.parallel import Work
+from dtl.core.public import results, uploads
+from dtl.core.public.results import Start
+from dtl.core.public.uploads import Upload
+
+
+@dataclass(frozen=True)
+class Round:
+    """What goes into a result besides the uploads."""
+
+    model: Path | None = None
+    initial: Path | None = None
+    close: Path | None = None
+    reveals: Sequence[Path] = ()
+    skip_invalid: bool = False
+
+
+def accept(
+    job: Job,
+    paths: Sequence[Path],
+    start: Start | None,
+    skip_invalid: bool,
+    stack: ExitStack,
+    work: Work,
+) -> tuple[list[Upload], dict[str, str]]:
+    """Check the uploads; returns the accepted, and the reasons by refused file."""
+    accepted: list[Upload] = []
+    refused: dict[str, str] = {}
+    for path in paths:
+        try:
+            upload = uploads.open_upload(job, path, stack, work)
+            if start:
+                results.check_base(upload, start)
+            for other in accepted[:1]:
+                uploads.check_same(upload, other)
+            uploads.check_proof(job, upload, work)
+            uploads.check_only(upload, accepted)
+        except DtlError as error:
+            if not skip_invalid or error.exit_code < FormatError.exit_code:
+                raise
+            refused[str(path)] = error.message
+            continue
+        accepted.append(upload)
+    return accepted, refused
+
+
+def missing_of(job: Job, accepted: Sequence[Upload]) -> list[str]:
+    """Who of the roster has no accepted upload."""
+    present = {upload.header.signer for upload in accepted}
+    return [name for name in job.names if name not in present]
+
+
+def digests_of(accepted: Sequence[Upload]) -> dict[str, str]:
+    """Upload digests by participant, in order."""
+    return {u.header.signer: u.digest for u in sorted(accepted, key=lambda u: u.header.signer)}
+
+
+def check_first_upload(ledger: Ledger, upload: Upload) -> None:
+    """One digest for a (job, round, participant), ever."""
+    name, number = upload.header.signer, upload.header.round
+    entries: list[AggregateEntry | CloseEntry] = [
+        *ledger.find(AggregateEntry, round=number),
+        *ledger.find(CloseEntry, round=number),
+    ]
+    for entry in entries:
+        if entry.uploads.get(name, upload.digest) != upload.digest:
+            raise NotAllowedError(
+                f"{upload.path}: a second upload of {name} for round {number}",
+                f"the first one, {entry.uploads[name][:16]}..., stays the only one",
+            )
+        if isinstance(entry, CloseEntry) and name not in entry.uploads:
+            raise NotAllowedError(
+                f"{upload.path}: round {number} was closed without {name}",
+                "nothing is accepted for a closed round any more",
+            )
+
+
+def how_to_go_on(
+    job: Job, accepted: Sequence[Upload], given: Round, missing: Sequence[str]
+) -> QuorumError:
+    """The error for masked uploads with somebody missing, with the commands that help."""
+    number = accepted[0].header.round
+    problem = f"round {number}: missing: {', '.join(missing)}"
+    if not results.can_close(job, len(accepted)):
+        needed = 2 * len(job.participants) // 3 + 1
+        return QuorumError(
+            f"{problem}; expected at least {max(needed, job.min_contributors)} of "
+            f"{len(job.participants)} to go on without the others, found {len(accepted)}",
+            "wait for the missing uploads; or the round is void, and a new one on the same base "
+            "is begun, everyone with --accept-differencing",
+        )
+    names = [upload.header.signer for upload in accepted]
+    files = " ".join(str(upload.path) for upload in accepted)
+    close = f"round-{number}.close"
+    source = f" --model {given.model}" if given.model else ""
+    source = f" --initial {given.initial}" if given.initial else source
+    lines = [
+        "wait for them, or go on without them (their masks have to be taken off):",
+        f"  server: dtl close-round {files} --key server.key -o {close}",
+        *(
+            f"  {name}: dtl reveal-masks {close} --key {name}.key -o {name}-{number}.reveal"
+            for name in names
+        ),
+        f"  server: dtl aggregate {files} --key server.key{source} --close {close} "
+        f"--reveals {' '.join(f'{name}-{number}.reveal' for name in names)} -o OUT",
+    ]
+    return QuorumError(problem, "\n".join(lines))

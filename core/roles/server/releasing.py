@@ -1,0 +1,205 @@
+"""The server takes its half off and seals the result (protocol, sections 8.3 and 9)."""
+
+import secrets
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from dtl.core.crypto import primitives, scheme
+from dtl.core.crypto.group import PublicKey
+from dtl.core.errors import FormatError, NotAllowedError, UsageError
+from dtl.core.files import sealed
+from dtl.core.files.atomic import AtomicOutput, check_output
+from dtl.core.files.container import SEALED, ContainerWriter, Rows
+from dtl.core.files.documents import SERVER, Job, Key
+from dtl.core.files.headers import Grant, ReleaseHeader, ResultHeader, now
+from dtl.core.files.ledger import AggregateEntry, Ledger, ReleaseEntry
+from dtl.core.files.schema import FORMAT
+from dtl.core.parallel import DEFAULT_WORK, Work
+from dtl.core.public import results, uploads
+
+HALF_GROUPS = 16  # groups a task
+
+
+@dataclass(frozen=True)
+class Policy:
+    """To whom a result is released; without any of it, to all who ever contributed."""
+
+    to: Sequence[str] | None = None
+    min_rounds: int | None = None
+    min_share: float | None = None
+    admit: Sequence[str] = ()
+    accept_differencing: bool = False
+
+    def check(self) -> None:
+        """Raise UsageError for impossible bounds."""
+        if self.min_rounds is not None and self.min_rounds < 1:
+            raise UsageError(f"--min-rounds: expected at least 1, found {self.min_rounds}")
+        if self.min_share is not None and not 0 < self.min_share <= 1:
+            raise UsageError(f"--min-share: expected a share up to 1, found {self.min_share}")
+
+
+@dataclass(frozen=True)
+class ReleaseReport:
+    """What `release` did."""
+
+    header: ReleaseHeader
+    digest: str
+
+
+def release(
+    key: Key,
+    result: Path,
+    output: Path,
+    policy: Policy,
+    force: bool = False,
+    work: Work = DEFAULT_WORK,
+) -> ReleaseReport:
+    """Take the server's half off a result and seal it for those who contributed.
+
+    Protocol, section 8, step 3, and section 9. NotAllowedError for anybody who neither
+    contributed nor can be admitted, and for a second, different result of a round or base.
+    """
+    key.require(SERVER)
+    policy.check()
+    check_output(output, force)
+    job = key.job
+    with ExitStack() as stack:
+        opened = results.open_result(job, result, stack, work)
+        found, digest = opened.header, opened.digest
+        results.check_quorum(job, len(found.contributors), "contributors", found.missing)
+        ledger = stack.enter_context(Ledger(key))
+        admitted = _admitted(job, found, digest, policy, ledger)
+        names = tuple(sorted({*_grants(job, found, digest, policy, ledger), *admitted}))
+        _check_only_result(ledger, found, digest, policy.accept_differencing)
+
+        shape = job.residue_shape(found.values)
+        content_key = secrets.token_bytes(primitives.KEY_BYTES)
+        encryption_key, commit = sealed.content_keys(content_key)
+        core = sealed.release_core(found, names, shape, commit)
+        header = ReleaseHeader(
+            format=FORMAT,
+            kind="release",
+            job=job.digest,
+            signer=SERVER,
+            created=now(),
+            round=found.round,
+            of=digest,
+            manifest=found,
+            grants=tuple(_grant(job, name, content_key, core) for name in names),
+            admitted=admitted,
+            commit=commit,
+        )
+        length = primitives.sealed_length(shape[0] * job.group_bytes)
+        with AtomicOutput(output, force) as file:
+            writer = ContainerWriter(file, header.encode(), {SEALED: (length,)})
+            half, pieces = key.half, uploads.spans(shape[0], HALF_GROUPS)
+            tasks = ((job.public_key, half, opened.rows, *piece) for piece in pieces)
+            half_opened = work.map("apply the server's half", _half_chunk, tasks, len(pieces))
+            for chunk in sealed.seal_stream(encryption_key, core, half_opened):
+                writer.write(SEALED, chunk)
+            release_digest = writer.finish(header.kind, key.secrets.sign)
+            file.sync()
+            ledger.append(
+                ReleaseEntry(
+                    event="release",
+                    round=found.round,
+                    base=found.base,
+                    result=digest,
+                    grants=names,
+                    admitted=admitted,
+                )
+            )
+            file.commit()
+    return ReleaseReport(header, release_digest.hex())
+
+
+def _grants(
+    job: Job, found: ResultHeader, digest: str, policy: Policy, ledger: Ledger
+) -> tuple[str, ...]:
+    """Who gets the result for having contributed to it."""
+    unknown = sorted(set(policy.to or ()) - set(job.names))
+    if unknown:
+        raise UsageError(f"not in this job's roster: {', '.join(unknown)}")
+    least: float = policy.min_rounds or 1
+    if policy.min_share is not None:
+        least = max(least, policy.min_share * _rounds_of(found, digest, ledger))
+    eligible = {name for name, rounds in found.contributions.items() if rounds >= least}
+    wanted = set(eligible if policy.to is None else policy.to) - set(policy.admit)
+    strangers = sorted(wanted - eligible)
+    if strangers:
+        known = all(name in found.contributions for name in strangers)
+        raise NotAllowedError(
+            f"{'contributed too little to' if known else 'never contributed to'} this model: "
+            f"{', '.join(strangers)}",
+            "the model is released only to those who took part; --admit NAME lets somebody in "
+            "once who cannot have contributed yet",
+        )
+    if not wanted and not policy.admit:
+        raise NotAllowedError("nobody has contributed enough to get this result")
+    return tuple(sorted(wanted))
+
+
+def _rounds_of(found: ResultHeader, digest: str, ledger: Ledger) -> int:
+    """How many rounds a model has behind it: its chain in the server's ledger."""
+    rounds, current = 0, digest
+    while entries := ledger.find(AggregateEntry, result=current):
+        rounds += 1
+        base = entries[0].base
+        if found.kind == "sum" or base is None:
+            break
+        current = base
+    return max(1, rounds, *found.contributions.values())
+
+
+def _admitted(
+    job: Job, found: ResultHeader, digest: str, policy: Policy, ledger: Ledger
+) -> tuple[str, ...]:
+    """Who gets the result without having contributed: once, so that it can contribute next."""
+    names = sorted(set(policy.admit))
+    for name in names:
+        if job.participant(name) is None:
+            raise UsageError(f"not in this job's roster: {name}")
+        if name in found.contributions:
+            raise UsageError(f"--admit {name}: has contributed, and needs no admission")
+        for entry in ledger.find(ReleaseEntry):
+            if name in entry.admitted and entry.result != digest:
+                raise NotAllowedError(
+                    f"{name} was admitted in round {entry.round} already",
+                    "an admission is given once, and lapses without a contribution",
+                )
+    return tuple(names)
+
+
+def _check_only_result(
+    ledger: Ledger, found: ResultHeader, digest: str, accept_differencing: bool
+) -> None:
+    for entry in ledger.find(ReleaseEntry):
+        if entry.result == digest:
+            continue
+        if entry.round == found.round:
+            raise NotAllowedError(
+                f"another result of round {found.round} was released already",
+                f"only {entry.result[:16]}... may be released for this round",
+            )
+        if found.base is not None and entry.base == found.base and not accept_differencing:
+            raise NotAllowedError(
+                f"another result on the same base was released in round {entry.round}",
+                "two results on one base differ by what their contributors differ in; "
+                "--accept-differencing releases this one all the same",
+            )
+
+
+def _grant(job: Job, name: str, content_key: bytes, core: bytes) -> Grant:
+    participant = job.participant(name)
+    if participant is None:
+        raise FormatError(f"{name} is not in this job's roster")
+    info = sealed.grant_info(core, name, participant.hpke, job.server.sign)
+    return Grant(
+        participant=name, wrapped=primitives.hpke_wrap(participant.hpke, content_key, info)
+    )
+
+
+def _half_chunk(key: PublicKey, half: tuple[int, ...], rows: Rows, first: int, count: int) -> bytes:
+    return scheme.apply_half(key, uploads.read_groups(key, rows, first, count), half).tobytes()
