@@ -28,7 +28,7 @@ def environment() -> dict[str, str]:
 def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert shutil.which("dtl", path=environment()["PATH"])
     tour = [block for block in shell_blocks() if block.lstrip().startswith(("dtl", "for"))]
-    assert len(tour) == 2
+    assert len(tour) == 4
     done = subprocess.run(
         ["sh", "-eux"],
         input="\n".join(tour),
@@ -44,6 +44,9 @@ def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert scores[0] > 0.3
     assert scores[1] > 0.9
     assert "may open" in done.stdout
+    assert re.search(r"^rounds recomputed +2 *$", done.stdout, re.M)
+    verdicts = re.findall(r"^verdict +(\w+)", done.stdout, re.M)
+    assert verdicts == ["good"] * 5
 
 
 def test_the_two_commands_are_make_targets() -> None:
