@@ -44,7 +44,6 @@ app = typer.Typer(
     help="Train one model together without showing anyone your data.",
     epilog="Every command explains itself: dtl COMMAND --help. Results go to stdout, "
     "everything else to stderr.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -98,7 +97,7 @@ def run(arguments: list[str] | None = None) -> int:
     terminal.set_up_warnings()
     try:
         command = typer.main.get_command(app)
-        spread = _spread(sys.argv[1:] if arguments is None else arguments)
+        spread = _spread(sys.argv[1:] if arguments is None else arguments) or ["--help"]
         result = command.main(args=spread, prog_name="dtl", standalone_mode=False)
     except typer.Exit as error:
         result = error.exit_code
@@ -164,11 +163,14 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 def main() -> None:
     """Entry point of the `dtl` command; an interrupted command cleans up and ends with 1."""
+    terminal.make_streams_safe()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = run()
     except KeyboardInterrupt:
         terminal.show_error(DtlError("interrupted; no output was written"))
         code = DtlError.exit_code
+    for number in (signal.SIGINT, signal.SIGTERM):  # all is done: let it end in peace
+        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.exit(code)

@@ -4,12 +4,15 @@ Results go to stdout; progress, warnings and errors to stderr. Bars are shown on
 terminal.
 """
 
+import io
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from dtl.core.errors import DtlError
@@ -32,6 +35,16 @@ _DIGEST = re.compile("[0-9a-f]{128}")
 
 def _errors() -> Console:
     return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def make_streams_safe() -> None:
+    """Keep closed or narrow output streams from failing a command."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115  (for good)
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def show_error(error: DtlError) -> None:

@@ -6,6 +6,8 @@ not grow with their number.
 """
 
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from dtl.core.progress import ProgressCallback, silent
 
 Result = TypeVar("Result")
 
+_WATCH_SECONDS = 0.5
 SERIAL_TASKS = 8  # fewer tasks than this usually end before a pool of processes has started
 
 
@@ -60,6 +63,26 @@ class Work:
             yield result
 
 
+_guards: list[threading.Thread] = []
+
+
+def _guarded(parent: int, function: Callable[..., Result], task: tuple[object, ...]) -> Result:
+    """Run a task in a worker, which ends when the process that it works for has ended.
+
+    A worker may hold a half; it must not outlive a killed command.
+    """
+    if not _guards:
+        _guards.append(threading.Thread(target=_watch, args=(parent,), daemon=True))
+        _guards[0].start()
+    return function(*task)
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_WATCH_SECONDS)
+    os._exit(1)
+
+
 DEFAULT_WORK = Work()
 """All cores, silently."""
 
@@ -80,7 +103,7 @@ def _pool(
         max_nbytes=None,
     )
     try:
-        yield from pool(delayed(function)(*task) for task in tasks)
+        yield from pool(delayed(_guarded)(os.getpid(), function, task) for task in tasks)
     except BrokenProcessPool:
         raise DtlError(
             "a worker process died", "perhaps it ran out of memory: take fewer --workers"

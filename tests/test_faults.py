@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -222,3 +223,130 @@ def test_a_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
         (folder.temporary / "file").write_text("x")
         folder.commit()
     assert [path.name for path in (tmp_path / "job").iterdir()] == ["file"]
+
+
+def test_an_interrupt_while_the_ledger_is_written_loses_nothing(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round()
+    original = ledger.Ledger.append
+
+    def interrupted(self: ledger.Ledger, entry: Any) -> None:
+        original(self, entry)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "append", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            round_.upload("alice", random_arrays(1))
+    out = round_.folder / "alice.upload"
+    assert not out.exists()
+    gradients = round_.save("other.safetensors", {"x": np.ones(3, np.float32)})
+    options = ("--round", 1, "--key", round_.key("alice"), "-o", out, "--json")
+    told = round_.dtl("encrypt-grads", gradients, *options).json
+    assert told["values"] == 335, "what is told is what was written"
+    assert out.exists()
+    assert not hidden(round_.folder)
+
+
+def test_a_kill_before_the_ledger_is_written_leaves_no_second_upload(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round()
+
+    def killed(self: ledger.Ledger, entry: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.Ledger, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            round_.upload("alice", random_arrays(1))
+    assert len(hidden(round_.folder)) == 1
+    round_.upload("alice", random_arrays(1))
+    assert not hidden(round_.folder)
+
+
+def test_a_torn_line_is_cut_and_a_changed_one_is_not(new_round: NewRound) -> None:
+    round_ = new_round()
+    round_.upload("alice", random_arrays(1))
+    path = round_.keys / "alice.ledger"
+    whole = path.read_bytes()
+    from dtl.cli import app
+
+    gradients = round_.folder / "alice.grads.safetensors"
+    common = ("encrypt-grads", gradients, "--round", 1, "--key", round_.key("alice"), "-o", "x")
+    command = [str(argument) for argument in common]
+    for place in range(len(whole)):
+        changed = bytearray(whole)
+        changed[place] ^= 4
+        path.write_bytes(changed)
+        assert app.run(command) == 4, place
+    last = whole.rfind(b"\n", 0, -1) + 1
+    path.write_bytes(whole[:-1])  # only the line end is gone: the upload stands
+    assert app.run(command) == 5
+    assert path.read_bytes() == whole
+    for cut in (last + 1, (last + len(whole)) // 2, len(whole) - 2):
+        path.write_bytes(whole[:cut])
+        round_.upload("alice", random_arrays(1), "--round", 2, out=f"{cut}.upload")
+
+
+def test_workers_end_with_a_killed_command(new_round: NewRound) -> None:
+    round_ = new_round()
+    gradients = round_.save("g.safetensors", {"x": np.ones(1_000_000, np.float32)})
+    out = round_.folder / "u"
+    key = round_.key("alice")
+    process = start(
+        "encrypt-grads", gradients, "--round", 1, "--key", key, "-o", out, "--workers", 2
+    )
+
+    def children(pid: int) -> list[int]:
+        listed = Path(f"/proc/{pid}/task/{pid}/children")
+        return list(map(int, listed.read_text().split())) if listed.exists() else []
+
+    workers: list[int] = []
+    while len(workers) < 2:
+        assert process.poll() is None
+        workers = [p for p in children(process.pid) if b"LokyProcess" in cmdline(p)]
+        time.sleep(0.05)
+    time.sleep(1)
+    process.kill()
+    process.wait()
+    end = time.monotonic() + 20
+    while any(cmdline(pid) for pid in workers):
+        assert time.monotonic() < end, "a worker lives on"
+        time.sleep(0.1)
+
+
+def cmdline(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def test_inputs_that_are_replaced_while_they_are_used(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtl.core.public import uploads as checks
+
+    round_ = new_round()
+    w0 = round_.save("w0.safetensors", random_arrays(9))
+    uploads = [round_.upload(p, random_arrays(1), "--model", w0) for p in round_.names]
+    original = checks.check_only
+    other = (round_.save("w.safetensors", random_arrays(8)).read_bytes(), uploads[1].read_bytes())
+
+    for victim, content in ((w0, other[0]), (uploads[0], other[1])):
+        before = victim.read_bytes()
+
+        def swap(*arguments: Any, victim: Path = victim, content: bytes = content) -> None:
+            original(*arguments)
+            status = victim.stat()
+            with victim.open("r+b") as file:
+                file.write(content)
+            os.utime(victim, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(checks, "check_only", swap)
+            round_.aggregate(uploads, "--initial", w0, code=3)
+        victim.write_bytes(before)
+    round_.aggregate(uploads, "--initial", w0)

@@ -209,7 +209,7 @@ def test_fairness(new_round: NewRound) -> None:
     uploads = [round_.upload(p, random_arrays(1)) for p in ("alice", "bob", "carol")]
     result = round_.aggregate(uploads)
     round_.release(result, "--to", "alice,dave", code=5)
-    round_.release(result, "--to", "alice,zoe", code=2)
+    round_.release(result, "--to", "alice,zoe", code=5)
     release = round_.release(result)
     round_.open(release, "dave", code=5)
     only = round_.release(result, "--to", "alice", out="only")
@@ -579,3 +579,171 @@ def test_special_files_are_refused_without_waiting(round_: Round, dtl: Cli, tmp_
         dtl("encrypt-grads", bad, "--round", 1, "--key", round_.key("alice"), "-o", "u", code=2)
         dtl("aggregate", bad, "--key", round_.key("server"), "-o", "u", code=2)
         dtl("aggregate", bad, "--key", bad, "-o", "u", code=2)
+
+
+@pytest.mark.parametrize("target", ["alice.key", "bob.ledger", "renamed"])
+def test_force_never_overwrites_keys_and_ledgers(full: Round, target: str) -> None:
+    (full.keys / "renamed").write_bytes((full.keys / "carol.ledger").read_bytes())
+    victim = full.keys / target
+    before = victim.read_bytes()
+    options = ("--key", full.key("server"), "-o", victim, "--force")
+    full.dtl("release-model", full.folder / "result.enc", *options, code=2)
+    uploads = upload_paths(full)
+    full.dtl("aggregate", *uploads, *options, code=2)
+    assert victim.read_bytes() == before
+
+
+def test_parameters_of_a_job_that_cannot_be(full: Round) -> None:
+    path = full.keys / "job.json"
+    plain = json.loads(path.read_bytes())
+    edits: tuple[dict[str, object], ...] = (
+        {"slot_bits": 0},
+        {"slot_bits": -3},
+        {"N": "1"},
+        {"h": []},
+        {"N": "f" * 9000},
+    )
+    for changes in edits:
+        path.write_bytes(canonical_json.dumps(plain | changes))
+        full.dtl("inspect", path, code=3)
+
+
+def test_lone_surrogates_in_headers(full: Round) -> None:
+    bad = full.folder / "bad"
+    for metadata in ({"dtl": "\ud800", "signature": "0" * 128}, {"dtl": "{}", "x": "\udfff"}):
+        header = json.dumps({"__metadata__": metadata}).encode()
+        bad.write_bytes(len(header).to_bytes(8, "little") + header)
+        full.dtl("aggregate", bad, "--key", full.key("server"), "-o", "x", code=3)
+        full.dtl("inspect", bad, code=3)
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + data
+
+
+@pytest.mark.parametrize(
+    "member",
+    [
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': ((4,), }"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (16777217, 16777217), }"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (-1,), }"),
+        npy("{'descr': '|O', 'fortran_order': False, 'shape': (2,), }", b"\x80\x04N."),
+        npy("{'descr': [('a', '<i2')], 'fortran_order': False, 'shape': (2,), }", b"abcd"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", b"abcd"),
+        npy("{'descr': '<f4', 'fortran_order': False, 'shape': (1,), }", b"abcdefgh"),
+        npy("{'descr': '>f4', 'fortran_order': False, 'shape': (1,), }", b"abcd"),
+        b"",
+        b"\x93NUMPY\x09\x00\x00\x00",
+    ],
+)
+def test_bad_npz_members(full: Round, member: bytes) -> None:
+    import zipfile
+
+    bad = full.folder / "bad.npz"
+    with zipfile.ZipFile(bad, "w") as file:
+        file.writestr("x.npy", member)
+    key = ("--key", full.key("alice"), "--round", 9, "-o", full.folder / "x")
+    full.dtl("encrypt-grads", bad, *key, code=3)
+    full.dtl("evaluate", "--model", full.folder / "w0.safetensors", "--data", bad, code=3)
+
+
+def test_flipped_bytes_in_npz_files_never_surprise(full: Round) -> None:
+    from dtl.core.files.shards import Shard, save_shard
+
+    good, shard = full.folder / "good.npz", full.folder / "shard.npz"
+    np.savez_compressed(good, a=np.ones(50, np.float32), b=np.ones((3, 4)))
+    save_shard(shard, Shard(np.ones((9, 2)), np.arange(9) % 2, np.array(["x", "y"])), False)
+    key = ("--key", full.key("alice"), "-o", full.folder / "out", "--force")
+    generator = np.random.default_rng(1)
+    for path in (good, shard):
+        original = path.read_bytes()
+        for number in range(120):
+            changed = bytearray(original)
+            changed[int(generator.integers(len(changed)))] ^= 1 << int(generator.integers(8))
+            path.write_bytes(changed)
+            command = ("encrypt-grads", path, "--round", 1000 + number, *key)
+            assert run_code(full, command) in (0, 3, 7)
+            split = (
+                "split-data",
+                path,
+                "--participants",
+                "p",
+                "--out",
+                full.folder / "s",
+                "--force",
+            )
+            assert run_code(full, split) in (0, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["__metadata__", "__dtl__", "a\x00b", "tab\tname", "\x7f"])
+def test_tensor_names_that_cannot_be_written_back(round_: Round, name: str) -> None:
+    if name != "__metadata__":
+        round_.upload("alice", {name: np.ones(3, np.float32)}, code=3)
+    else:
+        path = round_.folder / "g.npz"
+        np.savez(path, **{name: np.ones(3, np.float32)})  # type: ignore[arg-type]
+        options = ("--round", 1, "--key", round_.key("alice"), "-o", "u")
+        round_.dtl("encrypt-grads", path, *options, code=3)
+
+
+def test_names_with_paths_and_alphabets_survive_a_round(round_: Round) -> None:
+    names = ("../../x", "/etc/passwd", "ñandú.weight", "层.0", "a b", "\\windows")
+    arrays: Arrays = {name: np.full(3, 0.25, np.float32) for name in names}
+    uploads = [round_.upload(p, arrays) for p in round_.names]
+    release = round_.release(round_.aggregate(uploads))
+    assert set(round_.opened(release, "bob")) == set(names)
+    out = round_.open(release, "alice", out="o.npz")
+    assert set(np.load(out).files) == {*names, "__dtl__"}
+    assert not (round_.folder.parent.parent / "x").exists()
+
+
+def test_a_dtype_that_cannot_hold_the_result(new_round: NewRound) -> None:
+    round_ = new_round(("alice", "bob", "carol"), "--slot-bits", 40, "--fraction-bits", 10)
+    uploads = [
+        round_.upload(p, {"x": np.full(3, 6e4, np.float16)}, "--weight", 1) for p in round_.names
+    ]
+    release = round_.release(round_.aggregate(uploads))
+    round_.open(release, "alice", code=7)
+    round_.open(release, "alice", out="x.npz", code=7)
+
+
+def test_huge_gradients_are_clamped_quietly(round_: Round) -> None:
+    arrays: Arrays = {"x": np.array([1e308, -1e308, 0.5])}
+    key = ("--key", round_.key("alice"), "--json", "-o")
+    gradients = round_.save("g.safetensors", arrays)
+    for number, rounding in enumerate(("nearest", "stochastic"), 1):
+        options = ("--round", number, "--rounding", rounding, "--lr", 10, *key)
+        result = round_.dtl("encrypt-grads", gradients, *options, round_.folder / rounding)
+        assert result.json["clamped"] == 3
+        assert "RuntimeWarning" not in result.err
+    huge = ("--lr", 1e308, "--weight", 1e308, "--round", 9)
+    round_.dtl("encrypt-grads", gradients, *huge, *key, round_.folder / "x", code=2)
+    known = round_.save("w0.safetensors", arrays)
+    zero = ("--round", 0, "--model", known)
+    round_.dtl("encrypt-grads", gradients, *zero, *key, round_.folder / "x", code=2)
+
+
+@pytest.mark.parametrize("epoch", ["253402300800", "-1", "soon", "1e9"])
+def test_impossible_times(round_: Round, monkeypatch: pytest.MonkeyPatch, epoch: str) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", epoch)
+    round_.upload("alice", random_arrays(1), code=2)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1000000000")
+    upload = round_.upload("alice", random_arrays(1))
+    described = round_.dtl("inspect", upload, "--json").json
+    assert described["created"] == "2001-09-09T01:46:40Z"
+
+
+def test_skip_invalid_does_not_depend_on_the_order(new_round: NewRound) -> None:
+    round_ = new_round(("a", "b", "c", "d"))
+    odd = round_.upload("d", random_arrays(1), "--round", 2)
+    uploads = [odd, *(round_.upload(p, random_arrays(1)) for p in "abc")]
+    round_.aggregate(uploads, code=3)
+    round_.aggregate(uploads, "--skip-invalid")
+
+
+def test_a_model_is_only_ever_the_servers(full: Round) -> None:
+    secret = full.opened_key("alice").secrets.sign
+    bad = resign(full.folder / "result.enc", {"signer": "alice"}, secret, full.folder / "bad")
+    full.dtl("inspect", bad, "--job", full.keys / "job.json", code=3)
+    full.release(bad, out="x", code=3)

@@ -16,6 +16,7 @@ MAX_SLOT_BITS = 52  # so that every clamped integer is exact in float64
 Reals = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+_FAR = 2.0**60  # beyond every max_step, and finite
 _NOISE_BYTES = 8
 _NOISE_BITS = 53  # the precision of float64
 
@@ -108,7 +109,8 @@ class FixedPoint:
         The integer, not the real, is clamped to |e| <= max_step.
         """
         with np.errstate(over="ignore"):
-            rounded = rounding(values * scale * self.one, start)
+            scaled = np.clip(values * scale * self.one, -_FAR, _FAR)
+        rounded = rounding(scaled, start)
         clamped = int(np.count_nonzero(np.abs(rounded) > self.max_step))
         return np.clip(rounded, -self.max_step, self.max_step).astype(np.int64), clamped
 

@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +22,8 @@ from dtl.core.errors import DtlError, FormatError, UsageError
 PUBLIC_MODE = 0o666  # less the umask
 PRIVATE_MODE = 0o600
 
+_SNIFF_BYTES = 1 << 14
+_PRECIOUS = (b'"event":"ledger"', b'"participant_seed":', b'"server_seed":', b'"box":')
 _WRONG_NAME = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -84,10 +86,7 @@ class AtomicOutput:
         return os.fdopen(os.dup(self.descriptor), "r+b")
 
     def seal(self, digest: bytes) -> None:
-        """Finish writing: fsync, and move to a temporary name that carries the digest.
-
-        A rerun that finds the digest in a ledger completes the work with `finish`.
-        """
+        """Finish writing: fsync, and move to a temporary name that carries the digest."""
         pending = pending_path(self.path, digest)
         with machine_errors(self.path):
             os.fsync(self.descriptor)
@@ -108,9 +107,19 @@ class AtomicOutput:
             place(self._temporary, self.path, self._force)
         self._close()
 
-    def keep(self) -> None:
-        """From here on a failure leaves the sealed file for a rerun to complete."""
+    def record(self, append: Callable[[], None]) -> None:
+        """Write the ledger line of a sealed file.
+
+        Whatever interrupts that leaves the sealed file: the line may be on disk, and then a
+        rerun completes the work with `finish`. Only where `append` says that it failed is
+        the file removed; a rerun removes a sealed file without a line (`remove_pending`).
+        """
         self._keep = True
+        try:
+            append()
+        except (DtlError, OSError):
+            self._keep = False
+            raise
 
     def _close(self) -> None:
         if self.descriptor >= 0:
@@ -188,13 +197,13 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
-def _remove_leftovers(path: Path) -> None:
+def _remove_leftovers(path: Path, ending: str = ".partial") -> None:
     """Remove the temporary files and folders of killed commands with this output."""
     with machine_errors(path):
         leftovers = [
             entry
             for entry in path.parent.iterdir()
-            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(".partial")
+            if entry.name.startswith(f".{path.name}.") and entry.name.endswith(ending)
         ]
     for leftover in leftovers:
         with suppress(OSError):
@@ -212,6 +221,11 @@ def _remove_leftovers(path: Path) -> None:
 def pending_path(path: Path, digest: bytes) -> Path:
     """The name of a finished output that has not got its own name yet."""
     return path.with_name(f".{path.name}.{digest.hex()[:32]}.pending")
+
+
+def remove_pending(path: Path) -> None:
+    """Remove sealed files that never got their ledger line; call it under the ledger's lock."""
+    _remove_leftovers(path, ".pending")
 
 
 def finish(path: Path, digest: bytes, force: bool) -> bool:
@@ -251,9 +265,21 @@ def check_output(path: Path, force: bool) -> None:
             found = path.lstat()
         except FileNotFoundError:
             return
+    if _is_precious(path):
+        raise UsageError(f"{path}: key files and ledgers are never overwritten")
     if force and stat.S_ISREG(found.st_mode):
         return
     raise _exists(path)
+
+
+def _is_precious(path: Path) -> bool:
+    """Whether an existing file is a key or a ledger, by its name or its content."""
+    if path.suffix in (".key", ".ledger"):
+        return True
+    with suppress(DtlError):
+        start = read_start(path, _SNIFF_BYTES)
+        return start.startswith(b"{") and any(mark in start for mark in _PRECIOUS)
+    return False
 
 
 def _exists(path: Path) -> UsageError:

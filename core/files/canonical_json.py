@@ -39,12 +39,15 @@ def loads(data: bytes, what: str) -> Json:
 def parse(data: bytes, what: str) -> Json:
     """Decode JSON without floats or duplicate keys, but in any spelling; else FormatError."""
     try:
-        return json.loads(
+        value = json.loads(
             data.decode("utf-8"),
             parse_float=_refuse,
             parse_constant=_refuse,
             object_pairs_hook=_unique,
         )
+        if b"\\u" in data:
+            dumps(value)  # an escaped lone surrogate cannot be written as UTF-8
+        return value
     except (ValueError, RecursionError):  # includes bad UTF-8 and absurdly long integers
         raise FormatError(f"{what}: expected JSON with unique keys and no floats") from None
 

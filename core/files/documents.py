@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from dtl.core.crypto import primitives
 from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor, expand_half, security_of
@@ -31,7 +31,8 @@ from pydantic import Field, model_validator
 
 logger = logging.getLogger("dtl")
 
-SERVER, KGC = "server", "kgc"
+SERVER: Final = "server"
+KGC: Final = "kgc"
 MAX_DOCUMENT_BYTES = 16 << 20
 MAX_PASSPHRASE_BYTES = 4096
 
@@ -87,8 +88,8 @@ class Job(Document):
             raise ValueError("min_contributors is larger than the roster")
         try:
             bits = self.public_key.modulus_bits
-            self.packing  # noqa: B018  (both raise for parameters that cannot work)
-            self.fixed_point  # noqa: B018
+            self.fixed_point  # noqa: B018  (both raise for parameters that cannot work)
+            self.packing  # noqa: B018
         except (FormatError, UsageError) as error:
             raise ValueError(error.message) from None
         if self.security != security_of(bits):

@@ -11,10 +11,12 @@ from dtl.core.files import canonical_json
 from dtl.core.files.container import Container
 from dtl.core.files.safetensors import MAX_DIMENSIONS
 from dtl.core.files.schema import Base64, Digest, Document, Name, Round, Timestamp
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Values = Annotated[int, Field(ge=1, lt=1 << 48)]
+MAX_VALUES = 1 << 48
+Values = Annotated[int, Field(ge=1, lt=MAX_VALUES)]
 MAX_NAME_BYTES = 1024
+RESERVED_NAMES = ("__metadata__", "__dtl__")
 
 
 class TensorSpec(Document):
@@ -25,6 +27,14 @@ class TensorSpec(Document):
         tuple[Annotated[int, Field(ge=0, lt=1 << 48)], ...], Field(max_length=MAX_DIMENSIONS)
     ]
     dtype: Literal["F16", "BF16", "F32", "F64"]
+
+    @field_validator("name")
+    @classmethod
+    def _usable(cls, name: str) -> str:
+        # The first two are taken in .safetensors and .npz; a zip cuts names at a NUL.
+        if name in RESERVED_NAMES or any(ord(char) < 32 or ord(char) == 127 for char in name):
+            raise ValueError("the name cannot be used for a tensor")
+        return name
 
     @property
     def values(self) -> int:
@@ -42,8 +52,8 @@ def check_layout(layout: Layout, what: str) -> int:
     if names != sorted(set(names)):
         raise FormatError(f"{what}: layout: expected unique names in bytewise order")
     total = sum(spec.values for spec in layout)
-    if not total:
-        raise FormatError(f"{what}: layout: expected at least one value")
+    if not 0 < total < MAX_VALUES:
+        raise FormatError(f"{what}: layout: expected 1 to 2^48 - 1 values, found {total}")
     return total
 
 
@@ -100,6 +110,7 @@ class ResultHeader(VectorHeader):
     """The signed manifest of what the server computed: a sum, or a model."""
 
     kind: Literal["sum", "model"]
+    signer: Literal["server"]
     parent: Digest | None
     initial: Digest | None
     contributors: tuple[Contribution, ...]
@@ -143,6 +154,7 @@ class ReleaseHeader(Header):
     """A release: a half-opened result, sealed for those to whom it is granted."""
 
     kind: Literal["release"]
+    signer: Literal["server"]
     round: Round
     of: Digest
     manifest: ResultHeader
@@ -170,6 +182,8 @@ class ReleaseHeader(Header):
         """Who may open the release."""
         return tuple(grant.participant for grant in self.grants)
 
+
+_LAST_SECOND = 253402300799  # of the year 9999
 
 AnyHeader = UploadHeader | ResultHeader | ReleaseHeader
 _KINDS: dict[str, type[UploadHeader] | type[ResultHeader] | type[ReleaseHeader]] = {
@@ -204,8 +218,7 @@ def read_header(container: Container, expected: Sequence[str], job: str | None) 
 def now() -> str:
     """The time of creation, UTC in seconds; honours SOURCE_DATE_EPOCH."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    try:
-        moment = time.gmtime(int(fixed) if fixed else None)
-    except (ValueError, OverflowError, OSError):
-        raise UsageError("SOURCE_DATE_EPOCH: expected seconds since 1970") from None
+    if fixed and not (fixed.isdecimal() and int(fixed) <= _LAST_SECOND):
+        raise UsageError("SOURCE_DATE_EPOCH: expected seconds since 1970")
+    moment = time.gmtime(int(fixed) if fixed else None)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)

@@ -1,14 +1,16 @@
 """Ledgers: what a party has already done, append-only, chained, locked, durable.
 
 A ledger keeps its party from doing twice what the protocol allows once: it is JSON lines,
-each holding the hash of the line before it. The first line names the ledger; its id is
-pinned in the key file. Source: PROTOCOL.md, section 7.
+each holding a hash of itself and the line before it. The first line names the ledger; its
+id is pinned in the key file. Source: PROTOCOL.md, section 7.
 
-A line counts once its newline is on disk. A torn last line (a crash while it was written)
-is cut off; nothing had been handed out on the strength of it.
+A torn last line (a crash while it was written: the beginning of a line, and no more) is cut
+off; nothing had been handed out on the strength of it. Anything else that is not a whole,
+linked line is damage.
 """
 
 import fcntl
+import json
 import os
 import secrets
 from types import TracebackType
@@ -21,7 +23,7 @@ from dtl.core.files.atomic import machine_errors
 from dtl.core.files.documents import Key
 from dtl.core.files.schema import Digest, Document, Identifier, Name, Round, Timestamp
 
-_PREVIOUS = "previous"
+_LINK = "link"
 
 
 class LedgerHead(Document):
@@ -119,12 +121,21 @@ def new_identifier() -> str:
 def first_line(identifier: str, name: str) -> bytes:
     """The bytes of a fresh ledger."""
     head = LedgerHead(event="ledger", format="dtl/v1", ledger=identifier, name=name)
-    return _line(head.plain(), b"")
+    return _line(head.plain(), "")
 
 
-def _line(plain: dict[str, Any], previous: bytes) -> bytes:
-    link = hash_fields("dtl/v1/ledger", previous).hex()
-    return canonical_json.dumps(plain | {_PREVIOUS: link}) + b"\n"
+def _link(plain: dict[str, Any], previous: str) -> str:
+    """The hash that a line carries: of the link before it, and of all else in the line."""
+    return hash_fields("dtl/v1/ledger", bytes.fromhex(previous), canonical_json.dumps(plain)).hex()
+
+
+def _line(plain: dict[str, Any], previous: str) -> bytes:
+    return canonical_json.dumps(plain | {_LINK: _link(plain, previous)}) + b"\n"
+
+
+def is_ledger(data: bytes) -> bool:
+    """Whether these bytes begin like a ledger."""
+    return b'"event":"ledger"' in data.partition(b"\n")[0]
 
 
 def read_entries(data: bytes, what: str) -> list[Document]:
@@ -132,21 +143,38 @@ def read_entries(data: bytes, what: str) -> list[Document]:
 
     Raises VerificationError for a damaged line or a broken chain.
     """
+    return _read_lines(data, what)[0]
+
+
+def _read_lines(data: bytes, what: str) -> tuple[list[Document], str, int]:
+    """(entries, last link, how many bytes are whole lines) of a ledger."""
     entries: list[Document] = []
-    previous = b""
-    for number, line in enumerate(data[: data.rfind(b"\n") + 1].splitlines(keepends=True), 1):
+    previous, size = "", 0
+    for number, line in enumerate(data.split(b"\n"), 1):
         place = f"{what}: line {number}"
+        last = size + len(line) == len(data)  # what stands behind the last line end
+        if last and (not line or _is_torn(line)):
+            break
         try:
-            plain = canonical_json.loads(line[:-1], place)
-            link = plain.pop(_PREVIOUS)
+            plain = canonical_json.loads(line, place)
+            link = plain.pop(_LINK)
             kind = LedgerHead if number == 1 else _ENTRIES[plain["event"]]
             entries.append(kind.check(plain, place))
         except (FormatError, AttributeError, KeyError, TypeError):
             raise VerificationError(f"{place}: damaged") from None
-        if link != hash_fields("dtl/v1/ledger", previous).hex():
+        if link != _link(plain, previous):
             raise VerificationError(f"{place}: the chain is broken; lines were changed or removed")
-        previous = line
-    return entries
+        previous, size = link, size + len(line) + 1
+    return entries, previous, size
+
+
+def _is_torn(line: bytes) -> bool:
+    """Whether this is the beginning of a line, cut off before its JSON ended."""
+    try:
+        json.JSONDecoder().raw_decode(line.decode("utf-8", "replace"))
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 class Ledger:
@@ -182,10 +210,9 @@ class Ledger:
             data = b""
             while len(data) < size and (part := os.pread(self._descriptor, size, len(data))):
                 data += part
-        whole = data[: data.rfind(b"\n") + 1]
-        self._size = len(whole)
-        self._last = whole[whole.rfind(b"\n", 0, -1) + 1 :]
-        self.entries = read_entries(whole, str(self.path))
+        self.entries, self._last, self._size = _read_lines(data, str(self.path))
+        if self._size > len(data):  # only the last line end was lost
+            self._write(b"\n", len(data))
         head = self.entries.pop(0) if self.entries else None
         if not isinstance(head, LedgerHead) or (head.ledger, head.name) != (
             key.pins.ledger,
@@ -204,21 +231,25 @@ class Ledger:
 
     def append(self, entry: Document) -> None:
         """Add an entry; it is on disk when this returns."""
-        line = _line(entry.plain(), self._last)
+        plain = entry.plain()
+        line = _line(plain, self._last)
         with machine_errors(self.path):
             try:
                 os.ftruncate(self._descriptor, self._size)  # a torn last line, if any
-                done = 0
-                while done < len(line):
-                    done += os.pwrite(self._descriptor, line[done:], self._size + done)
-                os.fsync(self._descriptor)
+                self._write(line, self._size)
             except OSError:
                 # Not durable: take it back, so that the ledger says only what is so.
                 os.ftruncate(self._descriptor, self._size)
                 raise
         self._size += len(line)
-        self._last = line
+        self._last = _link(plain, self._last)
         self.entries.append(entry)
+
+    def _write(self, data: bytes, place: int) -> None:
+        done = 0
+        while done < len(data):
+            done += os.pwrite(self._descriptor, data[done:], place + done)
+        os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Release the lock."""

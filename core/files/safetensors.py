@@ -137,9 +137,9 @@ class SafetensorsFile:
 
 
 def stamp_of(descriptor: int) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced: inode, size, time of change."""
+    """What changes when a file is written to or replaced: inode, size, times of change."""
     status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _is_size(value: object) -> bool:

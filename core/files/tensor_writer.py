@@ -1,8 +1,9 @@
 """Write plain tensors piece by piece, as .safetensors or .npz by the name of the file."""
 
 import zipfile
+from contextlib import suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Self
 
 import numpy as np
 from dtl.core.encoding.fixed_point import Reals
@@ -53,6 +54,12 @@ class TensorWriter:
             if left == part.size:
                 self._todo.pop(0)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sink.close()
+
     def finish(self, metadata: PlainMetadata | None) -> None:
         """Complete the file."""
         if any(left for _, left in self._todo):
@@ -82,6 +89,9 @@ class _SafetensorsSink:
 
     def finish(self, metadata: PlainMetadata | None) -> None:
         self._output.write_at(self._header(metadata), 0)
+
+    def close(self) -> None:
+        pass
 
 
 class _NpzSink:
@@ -120,6 +130,12 @@ class _NpzSink:
             with self._zip.open(zipfile.ZipInfo(f"{METADATA_ARRAY}.npy"), "w") as member:
                 npy.write_array(member, text, allow_pickle=False)
         self._zip.close()
+
+    def close(self) -> None:
+        # After a failure the archive is not complete, and nobody will see it.
+        with suppress(ValueError, OSError):
+            self._close_member()
+            self._zip.close()
         self._file.close()
 
 
@@ -134,8 +150,8 @@ def write_arrays(
     check_suffix(path)
     layout = make_layout(arrays, dtype)
     with AtomicOutput(path, force) as output:
-        writer = TensorWriter(output, layout, metadata)
-        for spec in layout:
-            writer.write(arrays[spec.name].ravel())
-        writer.finish(metadata)
+        with TensorWriter(output, layout, metadata) as writer:
+            for spec in layout:
+                writer.write(arrays[spec.name].ravel())
+            writer.finish(metadata)
         output.commit()

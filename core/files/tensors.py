@@ -5,22 +5,23 @@ adds metadata of its own (`PlainMetadata`) where it knows the round and the base
 .safetensors under the key `dtl`, in .npz as an array `__dtl__`.
 """
 
+import errno
 import hashlib
-import struct
+import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Literal, Protocol
 
 import numpy as np
 from dtl.core.crypto.primitives import fields, u32
 from dtl.core.encoding.fixed_point import Reals
-from dtl.core.errors import FormatError, NumericError, VerificationError
+from dtl.core.errors import DtlError, FormatError, NumericError, VerificationError
 from dtl.core.files import canonical_json
-from dtl.core.files.atomic import machine_errors, read_start
+from dtl.core.files.atomic import open_regular, read_start
 from dtl.core.files.headers import Layout, TensorSpec, check_layout
-from dtl.core.files.safetensors import SafetensorsFile
+from dtl.core.files.safetensors import SafetensorsFile, stamp_of
 from dtl.core.files.schema import FORMAT, Digest, Document, Round
 from numpy.lib import format as npy
 from numpy.typing import NDArray
@@ -59,6 +60,10 @@ class TensorFile(Protocol):
 
     def pieces(self, spec: TensorSpec) -> Iterator[bytes]:
         """The little-endian bytes of one tensor in C order, in whole values."""
+        ...
+
+    def stamp(self) -> tuple[int, ...]:
+        """What changes when the file is written to: see `stamp_of`."""
         ...
 
     def close(self) -> None:
@@ -204,7 +209,13 @@ def to_reals(data: bytes, dtype: str) -> Reals:
 def from_reals(reals: Reals, dtype: str) -> bytes:
     """float64 as little-endian bytes of a dtype, rounded to nearest (bfloat16 by float32)."""
     if dtype != BF16:
-        data: bytes = reals.astype(NUMPY_DTYPES[dtype]).tobytes()
+        with np.errstate(over="ignore"):
+            narrow = reals.astype(NUMPY_DTYPES[dtype])
+        if not np.isfinite(narrow).all():
+            raise NumericError(
+                f"a value does not fit into {dtype}", "choose a wider dtype for the model"
+            )
+        data: bytes = narrow.tobytes()
         return data
     # bfloat16 is the upper half of float32; the carry of the rounding runs upwards.
     wide = reals.astype("<f4").view("<u4")
@@ -231,6 +242,9 @@ class _SafetensorsTensors:
         for start in range(0, info.length, step):
             yield self._file.read(info.start + start, min(step, info.length - start))
 
+    def stamp(self) -> tuple[int, ...]:
+        return self._file.stamp
+
     def close(self) -> None:
         self._file.close()
 
@@ -238,10 +252,12 @@ class _SafetensorsTensors:
 class _NpzTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._descriptor = open_regular(path)
         try:
-            with machine_errors(path):
-                self._zip = zipfile.ZipFile(path)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError):
+            self._zip = zipfile.ZipFile(os.fdopen(self._descriptor, "rb"))
+        except MemoryError:
+            raise
+        except Exception:
             raise FormatError(f"{path}: expected an .npz file, found a damaged one") from None
         try:
             self._read()
@@ -258,7 +274,7 @@ class _NpzTensors:
         specs = []
         for name in names:
             with self._member(name) as member:
-                shape, fortran, dtype = self._array_header(member, name)
+                shape, fortran, dtype = self._array_header(member)
                 if name == METADATA_ARRAY:
                     self.metadata = self._metadata(member, shape, dtype)
                 else:
@@ -275,30 +291,31 @@ class _NpzTensors:
         data = self._take(member, dtype.itemsize, METADATA_ARRAY)
         return _read_metadata(str(np.frombuffer(data, dtype)[0]), self.path)
 
-    def _member(self, name: str) -> IO[bytes]:
+    @contextmanager
+    def _member(self, name: str) -> Iterator[IO[bytes]]:
+        """An array's file; all that can go wrong in reading a bad one is a FormatError."""
         try:
-            return self._zip.open(f"{name}.npy")
-        except (KeyError, zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError):
-            raise FormatError(f"{self.path}: array {name!r} cannot be read") from None
+            with self._zip.open(f"{name}.npy") as member:
+                yield member
+        except (DtlError, MemoryError):
+            raise
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.EIO:
+                raise
+            raise FormatError(f"{self.path}: array {name!r} is damaged") from None
 
     def _array_header(
-        self, member: IO[bytes], name: str
+        self, member: IO[bytes]
     ) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-        try:
-            version = npy.read_magic(member)
-            read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-            return read(member)
-        except (ValueError, EOFError, zipfile.BadZipFile, zlib.error, struct.error, OSError):
-            raise FormatError(f"{self.path}: array {name!r} is malformed") from None
+        version = npy.read_magic(member)
+        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
+        return read(member)
 
     def _take(self, member: IO[bytes], length: int, name: str) -> bytes:
         parts = []
-        try:
-            while length > 0 and (part := member.read(length)):
-                parts.append(part)
-                length -= len(part)
-        except (EOFError, zipfile.BadZipFile, zlib.error, OSError):
-            raise FormatError(f"{self.path}: array {name!r} is damaged") from None
+        while length > 0 and (part := member.read(length)):
+            parts.append(part)
+            length -= len(part)
         if length:
             raise FormatError(f"{self.path}: array {name!r} ends too early")
         return b"".join(parts)
@@ -306,7 +323,7 @@ class _NpzTensors:
     def pieces(self, spec: TensorSpec) -> Iterator[bytes]:
         width = item_bytes(spec.dtype)
         with self._member(spec.name) as member:
-            self._array_header(member, spec.name)
+            self._array_header(member)
             if spec.name in self._fortran:  # needs the whole tensor to be turned
                 data = np.frombuffer(
                     self._take(member, spec.values * width, spec.name), f"V{width}"
@@ -320,12 +337,18 @@ class _NpzTensors:
             if member.read(1):
                 raise FormatError(f"{self.path}: array {spec.name!r} is too long")
 
+    def stamp(self) -> tuple[int, ...]:
+        return stamp_of(self._descriptor)
+
     def close(self) -> None:
+        file = self._zip.fp
         self._zip.close()
+        if file is not None:
+            file.close()
 
 
 def _dtype_name(dtype: np.dtype[np.generic]) -> str:
-    if dtype.str == "|V2":  # how numpy stores the bfloat16 of ml_dtypes
+    if dtype.str == "|V2" and dtype.fields is None:  # how numpy stores the bfloat16 of ml_dtypes
         return BF16
     known = {text: name for name, text in NUMPY_DTYPES.items() if name != BF16}
     return known.get(dtype.str, str(dtype))

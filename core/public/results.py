@@ -36,6 +36,7 @@ class Start:
     contributions: dict[str, int]
     rows: Rows | None = None
     weights: Path | None = None
+    stamp: tuple[int, ...] = ()
 
     @property
     def parent(self) -> str | None:
@@ -50,7 +51,7 @@ def start_from_weights(job: Job, path: Path) -> Start:
         for reals in tensors.values(source):
             job.fixed_point.encode_weights(reals)
         digest = tensors.checked_initial_digest(source)
-        return Start(digest, digest, source.layout, 0, {}, weights=path)
+        return Start(digest, digest, source.layout, 0, {}, weights=path, stamp=source.stamp())
     finally:
         source.close()
 
@@ -208,8 +209,7 @@ def products(
     start minus the sum.
     """
     rows = [upload.rows for upload in sorted(uploads, key=lambda upload: upload.header.signer)]
-    weights = start.weights if start else None
-    blocks = _initial_blocks(job, weights, PRODUCT_GROUPS) if weights else None
+    blocks = _initial_blocks(job, start, PRODUCT_GROUPS) if start and start.weights else None
     parent = start.rows if start else None
     pieces = spans(job.groups(uploads[0].header.values), PRODUCT_GROUPS)
     tasks = (
@@ -241,15 +241,22 @@ def _product_chunk(
     return total.tobytes()
 
 
-def _initial_blocks(job: Job, weights: Path, groups: int) -> Iterator[Bytes]:
-    """The public initial weights as blocks [G, 7, block width], `groups` groups at a time."""
-    source = tensors.open_tensors(weights)
+def _initial_blocks(job: Job, start: Start, groups: int) -> Iterator[Bytes]:
+    """The public initial weights as blocks [G, 7, block width], `groups` groups at a time.
+
+    Raises FormatError when the file is no longer the one that was digested.
+    """
+    if start.weights is None:
+        return
+    source = tensors.open_tensors(start.weights)
     try:
         size = groups * COMPONENTS * job.packing.slots
         for reals in tensors.in_batches(tensors.values(source), size):
             count = job.groups(reals.size)
             integers = job.fixed_point.encode_weights(reals)
             packed = job.packing.pack(integers, count * COMPONENTS)
+            if source.stamp() != start.stamp:
+                raise FormatError(f"{start.weights}: the file changed while it was read")
             yield packed.reshape(count, COMPONENTS, -1)
     finally:
         source.close()

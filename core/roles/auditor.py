@@ -369,10 +369,10 @@ class _Auditor:
                 opened=state.hexdigest(),
             )
         with AtomicOutput(path, force) as output:
-            writer = TensorWriter(output, header.layout, metadata)
-            for integers in self._integers(blocks, header.values):
-                writer.write(fixed_point.decode(integers))
-            writer.finish(metadata)
+            with TensorWriter(output, header.layout, metadata) as writer:
+                for integers in self._integers(blocks, header.values):
+                    writer.write(fixed_point.decode(integers))
+                writer.finish(metadata)
             output.commit()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dtl.core.crypto import masks, primitives
 from dtl.core.crypto.group import (
+    SECURE_SIZES,
     StrongTrapdoor,
     check_modulus_bits,
     choose_trapdoor,
@@ -81,6 +82,8 @@ def generate_job(
     Protocol, sections 2 and 3.
     """
     options.check()
+    if options.insecure and options.modulus_bits not in SECURE_SIZES:
+        logger.warning("this job is %s: for tests only", security_of(options.modulus_bits))
     if passphrase is None:
         logger.warning("the key files are written in clear; --passphrase-file boxes them")
     check_new_folder(folder)

@@ -37,7 +37,7 @@ def inspect(path: Path, job: Job | None, progress: ProgressCallback = silent) ->
 
 def _document(path: Path, job: Job | None) -> Description:
     data = read_file(path, documents.MAX_DOCUMENT_BYTES)
-    if data.count(b"\n"):
+    if ledger.is_ledger(data):
         return _ledger(path, data)
     parsed = canonical_json.loads(data, str(path))
     match parsed:

@@ -17,12 +17,13 @@ from dtl.core.errors import (
     VerificationError,
 )
 from dtl.core.files import tensors
-from dtl.core.files.atomic import AtomicOutput, check_output, finish
-from dtl.core.files.container import PROOF, RESIDUES, ContainerWriter
+from dtl.core.files.atomic import AtomicOutput, check_output, finish, remove_pending
+from dtl.core.files.container import PROOF, RESIDUES, Container, ContainerWriter
 from dtl.core.files.documents import Job, Key
 from dtl.core.files.headers import (
     UploadHeader,
     now,
+    read_header,
     same_shapes,
 )
 from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
@@ -101,7 +102,8 @@ def encrypt_gradients(
                         f"{key.name} has made an upload for round {basis.round} already",
                         "send that same file again, or go on with the next round",
                     )
-                return UploadReport(header, done, None)
+                return UploadReport(_written_header(output), done, None)
+            remove_pending(output)
             blocks = _Blocks(job, encoded, mask_keys(key, basis))
             with AtomicOutput(output, force) as file:
                 shape = job.residue_shape(header.values)
@@ -113,28 +115,36 @@ def encrypt_gradients(
                 _write_proof(key, header, blocks, randomness, writer, work)
                 digest = writer.finish(header.kind, key.secrets.sign)
                 file.seal(digest)
-                ledger.append(
-                    UploadEntry(
-                        event="upload",
-                        round=basis.round,
-                        base=basis.base,
-                        opened=basis.opened,
-                        upload=digest.hex(),
-                    )
+                entry = UploadEntry(
+                    event="upload",
+                    round=basis.round,
+                    base=basis.base,
+                    opened=basis.opened,
+                    upload=digest.hex(),
                 )
-                file.keep()
+                file.record(lambda: ledger.append(entry))
                 file.commit()
     finally:
         source.close()
     return UploadReport(header, digest.hex(), clamped)
 
 
+def _written_header(path: Path) -> UploadHeader:
+    """The header of an upload that an interrupted run had finished."""
+    with Container(path) as container:
+        header = read_header(container, ("upload",), None)
+    if not isinstance(header, UploadHeader):
+        raise FormatError(f"{path}: expected an upload")
+    return header
+
+
 def _scale(job: Job, options: UploadOptions) -> float:
     weight = 1 / len(job.participants) if options.weight is None else options.weight
-    for name, value in (("weight", weight), ("lr", options.lr)):
+    scale = weight * options.lr
+    for name, value in (("weight", weight), ("lr", options.lr), ("weight times --lr", scale)):
         if not (math.isfinite(value) and value > 0):
             raise UsageError(f"--{name}: expected a positive number, found {value}")
-    return weight * options.lr
+    return scale
 
 
 def _basis(source: TensorFile, options: UploadOptions) -> Basis:
@@ -161,7 +171,11 @@ def _basis(source: TensorFile, options: UploadOptions) -> Basis:
             )
         return Basis(_checked_round(options.round, 1), None, None)
     first = known.round + 1
-    return Basis(_checked_round(options.round or first, first), known.base, known.opened)
+    return Basis(
+        _checked_round(first if options.round is None else options.round, first),
+        known.base,
+        known.opened,
+    )
 
 
 def _checked_round(number: int, least: int) -> int:

@@ -161,21 +161,21 @@ def _decode(
             opened=opened,
         )
 
-    writer = TensorWriter(file, manifest.layout, metadata(secrets.token_hex(64)))
     left = manifest.values
-    for blocks in _opened_blocks(key, payload, manifest, work):
-        count = min(left, len(blocks) * job.packing.slots)
-        try:
-            integers = job.packing.unpack(blocks, count)
-        except VerificationError as error:
-            raise VerificationError(f"{release}: {error.message}") from None
-        if (np.abs(integers) > limit).any():
-            raise headroom_exhausted(fixed_point, "a value of the result")
-        left -= count
-        state.update(integers)
-        writer.write(fixed_point.decode(integers))
-    opened = state.hexdigest()
-    writer.finish(metadata(opened))
+    with TensorWriter(file, manifest.layout, metadata(secrets.token_hex(64))) as writer:
+        for blocks in _opened_blocks(key, payload, manifest, work):
+            count = min(left, len(blocks) * job.packing.slots)
+            try:
+                integers = job.packing.unpack(blocks, count)
+            except VerificationError as error:
+                raise VerificationError(f"{release}: {error.message}") from None
+            if (np.abs(integers) > limit).any():
+                raise headroom_exhausted(fixed_point, "a value of the result")
+            left -= count
+            state.update(integers)
+            writer.write(fixed_point.decode(integers))
+        opened = state.hexdigest()
+        writer.finish(metadata(opened))
     return opened
 
 

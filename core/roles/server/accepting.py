@@ -1,6 +1,7 @@
 """What the server accepts: each upload checked, one a participant and round, enough of them."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,25 +34,56 @@ def accept(
     stack: ExitStack,
     work: Work,
 ) -> tuple[list[Upload], dict[str, str]]:
-    """Check the uploads; returns the accepted, and the reasons by refused file."""
-    accepted: list[Upload] = []
+    """Check the uploads; returns the accepted, and the reasons by refused file.
+
+    With `skip_invalid`, uploads of another round, base or layout than most are refused; else
+    the first one that differs from the one named first is an error.
+    """
     refused: dict[str, str] = {}
-    for path in paths:
+
+    def passes(check: Callable[[], object], path: Path) -> bool:
         try:
-            upload = uploads.open_upload(job, path, stack, work)
-            if start:
-                results.check_base(upload, start)
-            for other in accepted[:1]:
-                uploads.check_same(upload, other)
-            uploads.check_proof(job, upload, work)
-            uploads.check_only(upload, accepted)
+            check()
         except DtlError as error:
             if not skip_invalid or error.exit_code < FormatError.exit_code:
                 raise
             refused[str(path)] = error.message
-            continue
-        accepted.append(upload)
+            return False
+        return True
+
+    opened: list[Upload] = []
+    for path in paths:
+
+        def open_one(path: Path = path) -> None:
+            opened.append(uploads.open_upload(job, path, stack, work))
+
+        passes(open_one, path)
+    reference = _commonest(opened) if skip_invalid else next(iter(opened), None)
+    accepted: list[Upload] = []
+    for upload in opened:
+
+        def check(upload: Upload = upload) -> None:
+            if start:
+                results.check_base(upload, start)
+            if reference:
+                uploads.check_same(upload, reference)
+            uploads.check_proof(job, upload, work)
+            uploads.check_only(upload, accepted)
+
+        if passes(check, upload.path):
+            accepted.append(upload)
     return accepted, refused
+
+
+def _commonest(opened: Sequence[Upload]) -> Upload | None:
+    """An upload of the round, base and tensors that most have."""
+
+    def statement(upload: Upload) -> tuple[object, ...]:
+        header = upload.header
+        return header.round, header.base, tuple((s.name, s.shape) for s in header.layout)
+
+    counts = Counter(map(statement, opened))
+    return max(opened, key=lambda upload: counts[statement(upload)], default=None)
 
 
 def missing_of(job: Job, accepted: Sequence[Upload]) -> list[str]:

@@ -121,7 +121,7 @@ def _grants(
     """Who gets the result for having contributed to it."""
     unknown = sorted(set(policy.to or ()) - set(job.names))
     if unknown:
-        raise UsageError(f"not in this job's roster: {', '.join(unknown)}")
+        raise NotAllowedError(f"not in this job's roster: {', '.join(unknown)}")
     least: float = policy.min_rounds or 1
     if policy.min_share is not None:
         least = max(least, policy.min_share * _rounds_of(found, digest, ledger))
