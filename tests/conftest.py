@@ -11,6 +11,11 @@ from dtl.core.roles import key_center
 from tests.helpers import PRIMES, THREE, Cli, Result, Round
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests at full size take longest: start them first."""
+    items.sort(key=lambda item: item.get_closest_marker("full") is None)
+
+
 @pytest.fixture
 def dtl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run a command in this process and expect its exit code, by default 0."""

@@ -276,7 +276,7 @@ def test_a_torn_line_is_cut_and_a_changed_one_is_not(new_round: NewRound) -> Non
     gradients = round_.folder / "alice.grads.safetensors"
     common = ("encrypt-grads", gradients, "--round", 1, "--key", round_.key("alice"), "-o", "x")
     command = [str(argument) for argument in common]
-    for place in range(len(whole)):
+    for place in (*range(0, len(whole), 5), len(whole) - 1):
         changed = bytearray(whole)
         changed[place] ^= 4
         path.write_bytes(changed)
