@@ -67,11 +67,10 @@ def aggregate(
     quiet: QuietOption = False,
 ) -> None:
     """Add up uploads that the server cannot read: an encrypted sum, or the next model."""
-    from dtl.core.files.documents import Key
     from dtl.core.roles import server
 
     output = Output(json, quiet)
-    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    opened = options.open_key(key, job, passphrase_file)
     with output.work(workers) as work:
         given = server.Round(model, initial, close, reveals or (), skip_invalid)
         report = server.aggregate(opened, uploads, out, given, force, work)

@@ -64,7 +64,6 @@ def audit(
     Statistics only; values go nowhere but to --plaintext. Ends with code 4 when any file is bad.
     """
     from dtl.core.errors import NotAllowedError, VerificationError
-    from dtl.core.files.documents import Key
     from dtl.core.roles import auditor
 
     output = Output(json, quiet)
@@ -73,7 +72,7 @@ def audit(
             f"{key}: there is no such key",
             "a job made with --discard-master cannot be audited, by nobody and never",
         )
-    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    opened = options.open_key(key, job, passphrase_file)
     wanted = auditor.AuditOptions(model, reveals or (), plaintext, unsigned, force)
     with output.work(workers) as work:
         verdicts = auditor.audit(opened, files, wanted, work)

@@ -36,11 +36,10 @@ def close_round(
     quiet: QuietOption = False,
 ) -> None:
     """Declare who is in and who is missing; nothing else is accepted for that round any more."""
-    from dtl.core.files.documents import Key
     from dtl.core.roles import server
 
     output = Output(json, quiet)
-    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    opened = options.open_key(key, job, passphrase_file)
     with output.work(workers) as work:
         close = server.close_round(opened, uploads, out, force, work)
     output.show(

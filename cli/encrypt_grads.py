@@ -84,7 +84,6 @@ def encrypt_grads(
 
     from dtl.core.encoding.fixed_point import Stochastic, nearest
     from dtl.core.errors import UsageError
-    from dtl.core.files.documents import Key
     from dtl.core.roles import participant
 
     if rounding is RoundingName.NEAREST and rounding_seed is not None:
@@ -96,7 +95,7 @@ def encrypt_grads(
     else:
         rounds = Stochastic(secrets.token_bytes(32))
     output = Output(json, quiet)
-    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    opened = options.open_key(key, job, passphrase_file)
     wanted = participant.UploadOptions(
         rounding=rounds,
         weight=weight,

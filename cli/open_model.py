@@ -36,11 +36,10 @@ def open_model(
     quiet: QuietOption = False,
 ) -> None:
     """Check a release and open it: the plaintext model, or the sum of the gradients."""
-    from dtl.core.files.documents import Key
     from dtl.core.roles import participant
 
     output = Output(json, quiet)
-    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    opened = options.open_key(key, job, passphrase_file)
     with output.work(workers) as work:
         report = participant.open_release(opened, release, out, force, work)
     manifest = report.header.manifest

@@ -6,13 +6,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from dtl.cli import terminal
 from dtl.core.errors import UsageError
 from dtl.core.parallel import Work
 from dtl.core.progress import ProgressCallback
+
+if TYPE_CHECKING:
+    from dtl.core.files.documents import Key
 
 JOB_FILE = "job.json"
 
@@ -99,6 +102,13 @@ class Output:
 def job_path(job: Path | None, key: Path) -> Path:
     """The job file: the one named, or `job.json` beside the key."""
     return job or key.parent / JOB_FILE
+
+
+def open_key(key: Path, job: Path | None, passphrase_file: Path | None) -> "Key":
+    """Read the key file, held against its job."""
+    from dtl.core.files.documents import Key
+
+    return Key.load(key, job_path(job, key), passphrase(passphrase_file))
 
 
 def passphrase(path: Path | None) -> Callable[[], bytes]:

@@ -74,11 +74,10 @@ def release_model(
     quiet: QuietOption = False,
 ) -> None:
     """Release a result to those who contributed to it, and to nobody else."""
-    from dtl.core.files.documents import Key
     from dtl.core.roles import server
 
     output = Output(json, quiet)
-    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    opened = options.open_key(key, job, passphrase_file)
     policy = server.Policy(
         to=options.names(to, "--to") if to is not None else None,
         min_rounds=min_rounds,

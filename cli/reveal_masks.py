@@ -34,11 +34,10 @@ def reveal_masks(
     quiet: QuietOption = False,
 ) -> None:
     """Reveal the masks that you share with the missing, of this one round, once."""
-    from dtl.core.files.documents import Key
     from dtl.core.roles import participant
 
     output = Output(json, quiet)
-    opened = Key.load(key, options.job_path(job, key), options.passphrase(passphrase_file))
+    opened = options.open_key(key, job, passphrase_file)
     reveal = participant.reveal_masks(opened, close, out, force)
     output.show(
         reveal=str(out),

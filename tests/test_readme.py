@@ -79,8 +79,6 @@ def test_every_command_is_in_the_readme_and_helps_with_an_example() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for document in ROOT.glob("**/*.md"):
-        if ".venv" in document.parts:
-            continue
+    for document in [d for part in ("", "core/**/", "datasets/") for d in ROOT.glob(f"{part}*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
             assert (document.parent / link).exists(), f"{document}: {link}"
