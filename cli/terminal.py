@@ -51,7 +51,8 @@ def show_error(error: DtlError) -> None:
     """Print an error, and its hint where it has one."""
     _errors().print(f"[bold red]dtl: error:[/] {escape(_plain_text(error.message))}")
     if error.hint:
-        _errors().print(f"[bold]dtl: hint:[/] {escape(_plain_text(error.hint))}")
+        lines = [escape(_plain_text(line)) for line in error.hint.split("\n")]
+        _errors().print("[bold]dtl: hint:[/] " + "\n".join(lines))
 
 
 def _plain_text(text: str) -> str:

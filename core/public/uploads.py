@@ -19,7 +19,7 @@ from dtl.core.files.documents import Job
 from dtl.core.files.headers import UploadHeader, read_header, same_shapes
 from dtl.core.parallel import Work, default_workers
 
-MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1024  # groups a task; many make the buckets cheap
+MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1536  # groups a task; many make the buckets cheap
 POOL_FROM_GROUPS = 768  # below this, one core is done before a pool of processes has started
 
 

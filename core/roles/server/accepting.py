@@ -1,5 +1,6 @@
 """What the server accepts: each upload checked, one a participant and round, enough of them."""
 
+import shlex
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -7,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtl.core.errors import DtlError, FormatError, NotAllowedError, QuorumError
-from dtl.core.files.documents import Job
+from dtl.core.files.documents import Job, Key
 from dtl.core.files.ledger import AggregateEntry, CloseEntry, Ledger
 from dtl.core.parallel import Work
 from dtl.core.public import results, uploads
@@ -118,32 +119,42 @@ def check_first_upload(ledger: Ledger, upload: Upload) -> None:
 
 
 def how_to_go_on(
-    job: Job, accepted: Sequence[Upload], given: Round, missing: Sequence[str]
+    key: Key, accepted: Sequence[Upload], given: Round, output: Path | None
 ) -> QuorumError:
     """The error for masked uploads with somebody missing, with the commands that help."""
+    job = key.job
     number = accepted[0].header.round
-    problem = f"round {number}: missing: {', '.join(missing)}"
+    problem = f"round {number}: missing: {', '.join(missing_of(job, accepted))}"
     if not results.can_close(job, len(accepted)):
         needed = 2 * len(job.participants) // 3 + 1
         return QuorumError(
             f"{problem}; expected at least {max(needed, job.min_contributors)} of "
             f"{len(job.participants)} to go on without the others, found {len(accepted)}",
             "wait for the missing uploads; or the round is void, and a new one on the same base "
-            "is begun, everyone with --accept-differencing",
+            "is begun, everyone with --accept-differencing and a larger --round",
         )
     names = [upload.header.signer for upload in accepted]
-    files = " ".join(str(upload.path) for upload in accepted)
+    files = " ".join(shlex.quote(str(upload.path)) for upload in accepted)
     close = f"round-{number}.close"
-    source = f" --model {given.model}" if given.model else ""
-    source = f" --initial {given.initial}" if given.initial else source
+    reveals = [f"{name}-{number}.reveal" for name in names]
+    own = shlex.quote(str(key.path))
+    source = f" --model {shlex.quote(str(given.model))}" if given.model else ""
+    source += f" --initial {shlex.quote(str(given.initial))}" if given.initial else ""
+    target = shlex.quote(str(output or f"result-{number}.enc"))
     lines = [
-        "wait for them, or go on without them (their masks have to be taken off):",
-        f"  server: dtl close-round {files} --key server.key -o {close}",
+        "wait for them, or go on without them; their masks have to be taken off:",
+        f"  server: dtl close-round {files} --key {own} -o {close}",
         *(
-            f"  {name}: dtl reveal-masks {close} --key {name}.key -o {name}-{number}.reveal"
-            for name in names
+            f"  {name}: dtl reveal-masks {close} --key {_key_of(key, name)} -o {reveal}"
+            for name, reveal in zip(names, reveals, strict=True)
         ),
-        f"  server: dtl aggregate {files} --key server.key{source} --close {close} "
-        f"--reveals {' '.join(f'{name}-{number}.reveal' for name in names)} -o OUT",
+        f"  server: dtl aggregate {files} --key {own}{source} --close {close} "
+        f"--reveals {' '.join(reveals)} -o {target}",
     ]
     return QuorumError(problem, "\n".join(lines))
+
+
+def _key_of(key: Key, name: str) -> str:
+    """Where a participant's key is: beside the server's where all keys lie together."""
+    beside = key.path.with_name(f"{name}.key")
+    return shlex.quote(str(beside)) if beside.exists() else f"{name}.key"

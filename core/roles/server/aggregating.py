@@ -70,7 +70,7 @@ def aggregate(
                 accepted.remove(upload)
         missing = missing_of(job, accepted)
         results.check_quorum(job, len(accepted), "accepted uploads", missing)
-        orphans = _orphans(job, accepted, given, closing, ledger)
+        orphans = _orphans(key, accepted, given, closing, ledger, output)
 
         layout = start.layout if start else accepted[0].header.layout
         header = results.manifest(job, accepted, start, layout, now())
@@ -134,17 +134,18 @@ def _closing(job: Job, given: Round) -> _Closing | None:
 
 
 def _orphans(
-    job: Job,
+    key: Key,
     accepted: Sequence[Upload],
     given: Round,
     closing: _Closing | None,
     ledger: Ledger,
+    output: Path,
 ) -> list[masks.Key]:
     """The masks to take off because somebody is missing; QuorumError where that cannot be."""
+    job = key.job
     if closing is None:
-        missing = missing_of(job, accepted)
-        if job.masks and missing:
-            raise how_to_go_on(job, accepted, given, missing)
+        if job.masks and missing_of(job, accepted):
+            raise how_to_go_on(key, accepted, given, output)
         return []
     close = closing.close
     results.check_close(job, close, accepted, closing.path)

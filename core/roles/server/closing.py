@@ -49,7 +49,7 @@ def close_round(
         if not missing:
             raise UsageError("nobody is missing: aggregate without closing the round")
         if not results.can_close(job, len(accepted)):
-            raise how_to_go_on(job, accepted, Round(), missing)
+            raise how_to_go_on(key, accepted, Round(), None)
         first, digests = accepted[0].header, digests_of(accepted)
         before = ledger.find(CloseEntry, round=first.round)
         if before and (before[0].uploads, before[0].base) != (digests, first.base):
