@@ -9,6 +9,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
+
 from dtl.cli import (
     aggregate,
     audit,
@@ -119,10 +120,11 @@ def _spread(arguments: list[str]) -> list[str]:
     """
     spread: list[str] = []
     option = None
-    for argument in arguments:
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
         if argument.startswith("-"):
-            option = argument if argument in _MANY else None
-            if option is None:
+            name, equals, _ = argument.partition("=")
+            option = name if name in _MANY else None
+            if option is None or equals or following.startswith("-"):
                 spread.append(argument)
         else:
             spread += [option, argument] if option else [argument]

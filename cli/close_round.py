@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from dtl.cli import options
 from dtl.cli.options import (
     ForceOption,

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
 from dtl.cli.options import JsonOption, Output, QuietOption
 
 EXAMPLE = """Example:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from dtl.cli import terminal
 from dtl.core.errors import UsageError
 from dtl.core.parallel import Work

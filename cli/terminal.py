@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dtl.core.errors import DtlError
-from dtl.core.progress import ProgressCallback, silent
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -29,6 +27,9 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from dtl.core.errors import DtlError
+from dtl.core.progress import ProgressCallback, silent
 
 _DIGEST = re.compile("[0-9a-f]{128}")
 

@@ -15,9 +15,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from dtl.core.files.documents import Job
 from phe.paillier import PaillierPublicKey
 from safetensors.numpy import save_file
+
+from dtl.core.files.documents import Job
 
 DTL = [sys.executable, "-c", "from dtl.cli.app import main; main()"]
 NAMES = ("alice", "bob", "carol")

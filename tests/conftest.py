@@ -5,9 +5,9 @@ from itertools import cycle
 from pathlib import Path
 
 import pytest
+
 from dtl.cli import app
 from dtl.core.roles import key_center
-
 from tests.helpers import PRIMES, THREE, Cli, Result, Round
 
 

@@ -1,16 +1,17 @@
 """Files as a malicious party would make them: any header, any residues, a valid signature."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from dtl.core.crypto import primitives, proof, scheme
 from dtl.core.crypto.residues import Bytes, from_integers, to_integers
 from dtl.core.files import canonical_json
 from dtl.core.files.container import Container, file_digest
 from dtl.core.files.safetensors import build_header
-
 from tests.helpers import Round
 
 
@@ -32,14 +33,14 @@ def write(out: Path, header: dict[str, Any], tensors: dict[str, np.ndarray], sec
     return out
 
 
-def resign(path: Path, changes: dict[str, object], secret: bytes, out: Path) -> Path:
+def resign(path: Path, changes: Mapping[str, Any], secret: bytes, out: Path) -> Path:
     """The file with a changed header and a valid signature."""
     with Container(path) as container:
         tensors = {
             name: np.frombuffer(b"".join(container.chunks(name)), np.uint8).reshape(info.shape)
             for name, info in container.tensors.items()
         }
-    return write(out, header_of(path) | changes, tensors, secret)
+    return write(out, {**header_of(path), **changes}, tensors, secret)
 
 
 class Statement:

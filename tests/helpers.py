@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dtl.core.files.container import RESIDUES, Container
-from dtl.core.files.documents import Job, Key
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
+
+from dtl.core.files.container import RESIDUES, Container
+from dtl.core.files.documents import Job, Key
 
 # Safe primes, fixed and published here: never to be used for anything but tests.
 PRIMES = {

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dtl.core.files import canonical_json
 from safetensors.numpy import load_file
 
-from tests.forging import Statement, header_of, resign
-from tests.helpers import Arrays, Cli, Round, random_arrays
+from dtl.core.crypto import scheme
+from dtl.core.files import canonical_json
+from tests.forging import Statement, header_of, resign, write
+from tests.helpers import Arrays, Cli, Round, random_arrays, residues_of
 
 NewRound = Callable[..., Round]
 FOUR = ("a", "b", "c", "d")
@@ -114,9 +115,10 @@ def test_a_server_that_cheats_with_a_model(masked: Round) -> None:
     model, parent = chain.models[1], chain.models[0]
     given = ("--uploads", *chain.uploads[1], "--model", parent)
     # It leaves one upload out of the product, but names it all the same.
-    ledger = masked.keys / "server.ledger"
-    ledger.write_bytes(ledger.read_bytes().split(b"\n")[0] + b"\n")
-    forged = resign(parent, header_of(model), secret, masked.folder / "left-out")
+    key = masked.job.public_key
+    total = scheme.add(key, [residues_of(path) for path in chain.uploads[1][:3]])
+    product = scheme.subtract(key, residues_of(parent), total)
+    forged = write(masked.folder / "left-out", header_of(model), {"residues": product}, secret)
     verify(masked, forged, *given, code=4)
     for number, changes in enumerate(
         (
@@ -124,6 +126,9 @@ def test_a_server_that_cheats_with_a_model(masked: Round) -> None:
             {"parent": header_of(parent)["initial"]},
             {"initial": "0" * 128},
             {"round": 9},
+            {"layout": relaid(model, name="z")},
+            {"layout": relaid(model, dtype="F64")},
+            {"layout": [{"name": "z", "shape": [335], "dtype": "F32"}]},
         )
     ):
         bad = resign(model, changes, secret, masked.folder / f"bad{number}")
@@ -137,6 +142,65 @@ def test_a_server_that_cheats_with_a_model(masked: Round) -> None:
     swapped = masked.upload("c", random_arrays(99), "--model", chain.opened[0], out="swapped")
     uploads = [*chain.uploads[1][:2], swapped, chain.uploads[1][3]]
     verify(masked, model, "--uploads", *uploads, "--model", parent, code=4)
+
+
+def relaid(path: Path, **changes: object) -> list[dict[str, object]]:
+    """The layout of a file with its last tensor changed."""
+    layout: list[dict[str, object]] = header_of(path)["layout"]
+    return [*layout[:-1], layout[-1] | changes]
+
+
+def test_a_server_that_cheats_with_a_sum(new_round: NewRound) -> None:
+    round_ = new_round()
+    uploads = [round_.upload(p, random_arrays(1)) for p in round_.names]
+    result = round_.aggregate(uploads)
+    secret = round_.opened_key("server").secrets.sign
+    verify(round_, result, "--uploads", *uploads)
+    edits: tuple[dict[str, object], ...] = (
+        {"layout": relaid(result, name="z")},
+        {"layout": relaid(result, dtype="F16")},
+        {"contributions": dict.fromkeys(round_.names, 2)},
+        {"parent": "0" * 128},
+    )
+    for number, changes in enumerate(edits):
+        bad = resign(result, changes, secret, round_.folder / f"bad{number}")
+        verify(round_, bad, "--uploads", *uploads, code=4)
+    strangers = {"contributions": {"alice": 1, "bob": 1, "carol": 7}}
+    bad = resign(result, strangers, secret, round_.folder / "bad")
+    verify(round_, bad, code=4)
+
+
+def test_verify_holds_documents_against_the_job(new_round: NewRound) -> None:
+    ours, theirs = new_round(folder="ours"), new_round(folder="theirs")
+    verify(ours, ours.keys / "job.json")
+    verify(ours, theirs.keys / "job.json", code=3)
+
+
+def test_a_release_stands_for_its_chain(masked: Round) -> None:
+    chain = Chain(masked, 2)
+    models = ("--model", chain.models[1], "--model", chain.models[0])
+    verify(masked, masked.folder / "model-2.release", *models)
+    verify(masked, masked.folder / "model-2.release", "--model", chain.models[1])
+    verify(masked, masked.folder / "model-2.release", "--model", chain.models[0], code=4)
+
+
+def test_audit_does_not_accuse_without_the_base(masked: Round) -> None:
+    chain = Chain(masked, 2)
+    verdicts = audit(masked, *chain.uploads[1], code=4)
+    assert {str(v["masks"]) for v in verdicts} == {"unknown"}
+    assert all("add --model" in str(v["verdict"]) for v in verdicts)
+    audit(masked, *chain.uploads[1], "--model", chain.w0, code=3)
+    audit(masked, *chain.uploads[1], "--model", chain.opened[1], code=3)
+
+
+def test_audit_is_certain_where_others_are_good(masked: Round) -> None:
+    spoil(masked, "a", "b")
+    w0 = masked.save("w0.safetensors", random_arrays(9))
+    uploads = masked.uploads({p: random_arrays(i) for i, p in enumerate(FOUR)}, "--model", w0)
+    for extra in ((), ("--model", w0)):
+        verdicts = audit(masked, *uploads, *extra, code=4)
+        assert [str(v["masks"]) == "wrong" for v in verdicts] == [True, False, False, False]
+        assert "add --model" not in str(verdicts[0]["verdict"])
 
 
 def test_a_release_to_strangers_is_refused_by_everyone(masked: Round) -> None:

@@ -6,14 +6,14 @@ import secrets
 
 import numpy as np
 import pytest
-from dtl.core.crypto import group, primes, primitives, residues, scheme
-from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
-from dtl.core.crypto.residues import Bytes, FixedBaseTable
-from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from phe.paillier import PaillierPrivateKey, PaillierPublicKey
 
+from dtl.core.crypto import group, primes, primitives, residues, scheme
+from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
+from dtl.core.crypto.residues import Bytes, FixedBaseTable
+from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from tests.helpers import PRIMES
 
 JOB_ID = bytes(range(16))

@@ -4,13 +4,13 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dtl.core.crypto import residues
 from dtl.core.encoding.fixed_point import FixedPoint, Stochastic, nearest
 from dtl.core.encoding.packing import Packing
 from dtl.core.errors import NumericError, UsageError, VerificationError
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from tests.helpers import PRIMES
 
 N = PRIMES[512][0] * PRIMES[512][1]

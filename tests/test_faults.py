@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from dtl.core.files import ledger
 from dtl.core.files.atomic import AtomicFolder, AtomicOutput, write_file
 from dtl.core.roles.participant import encrypting
-
 from tests.helpers import Round, random_arrays
 
 NewRound = Callable[..., Round]
@@ -350,3 +350,23 @@ def test_inputs_that_are_replaced_while_they_are_used(
             round_.aggregate(uploads, "--initial", w0, code=3)
         victim.write_bytes(before)
     round_.aggregate(uploads, "--initial", w0)
+
+
+def test_a_pending_upload_of_somebody_else_is_left_alone(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round()
+
+    def crash(self: AtomicOutput) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AtomicOutput, "commit", crash)
+        with pytest.raises(KeyboardInterrupt):
+            round_.upload("alice", random_arrays(1), out="out.upload")
+    out = round_.upload("bob", random_arrays(2), out="out.upload")
+    out.rename(round_.folder / "bob.upload")
+    round_.upload("alice", random_arrays(3), "--round", 2, out="out.upload").unlink()
+    assert len(hidden(round_.folder)) == 1
+    round_.upload("alice", random_arrays(1), out="out.upload")
+    assert not hidden(round_.folder)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensors import open_tensors, weights_metadata
 from dtl.core.learning import mlp, split
-
 from tests.helpers import Cli
 
 NAMES = ("alice", "bob", "carol")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dtl.core.crypto import primitives
-from dtl.core.files import canonical_json
 from safetensors.numpy import load_file
 
+from dtl.core.crypto import primitives
+from dtl.core.files import canonical_json
 from tests.helpers import Arrays, Round, random_arrays
 
 NewRound = Callable[..., Round]
@@ -222,6 +222,12 @@ def test_rounds_without_masks_need_no_closing(new_round: NewRound) -> None:
     uploads = round_.uploads({p: random_arrays(i) for i, p in enumerate("abc")})
     close(round_, uploads, code=2)
     round_.aggregate(uploads)
+
+
+def test_a_close_file_means_nothing_in_a_job_without_masks(new_round: NewRound) -> None:
+    round_ = new_round(("a", "b", "c", "d"))
+    (round_.folder / "close").write_bytes(b"{}")
+    reveal(round_, "a", round_.folder / "close", code=3)
 
 
 def test_nobody_missing_needs_no_closing(new_round: NewRound) -> None:

@@ -118,8 +118,9 @@ def test_data_sets_are_the_ones_described() -> None:
         expected, name = line.split()
         data = (ROOT / "datasets" / name).read_bytes()
         assert hashlib.sha256(data).hexdigest() == expected
-    from dtl.core.learning.split import load_source
     from sklearn.datasets import load_breast_cancer, load_digits
+
+    from dtl.core.learning.split import load_source
 
     for name, loaded in (("digits", load_digits()), ("breast_cancer", load_breast_cancer())):
         ours = load_source(name)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from dtl.core.crypto import primitives
 from dtl.core.files import canonical_json
 from dtl.core.files.container import Container
-
 from tests.forging import resign
 from tests.helpers import Arrays, Cli, Round, random_arrays
 
@@ -737,9 +737,31 @@ def test_impossible_times(round_: Round, monkeypatch: pytest.MonkeyPatch, epoch:
 def test_skip_invalid_does_not_depend_on_the_order(new_round: NewRound) -> None:
     round_ = new_round(("a", "b", "c", "d"))
     odd = round_.upload("d", random_arrays(1), "--round", 2)
-    uploads = [odd, *(round_.upload(p, random_arrays(1)) for p in "abc")]
+    more = [round_.upload("d", random_arrays(1), "--round", n, out=f"d{n}") for n in (3, 4, 5)]
+    same = [
+        resign(odd, {}, round_.opened_key("d").secrets.sign, round_.folder / f"o{n}")
+        for n in range(5)
+    ]
+    uploads = [odd, *more, *same, *(round_.upload(p, random_arrays(1)) for p in "abc")]
     round_.aggregate(uploads, code=3)
     round_.aggregate(uploads, "--skip-invalid")
+
+
+def test_lists_of_files_in_any_spelling(new_round: NewRound) -> None:
+    from dtl.cli.app import _spread
+
+    assert _spread(["x", "--reveals", "a", "b", "--force"]) == [
+        "x",
+        "--reveals",
+        "a",
+        "--reveals",
+        "b",
+        "--force",
+    ]
+    assert _spread(["--reveals=a", "b"]) == ["--reveals=a", "--reveals", "b"]
+    assert _spread(["--reveals", "a", "--reveals", "b"]) == ["--reveals", "a", "--reveals", "b"]
+    assert _spread(["--uploads", "--force"]) == ["--uploads", "--force"]
+    assert _spread(["--reveals"]) == ["--reveals"]
 
 
 def test_a_model_is_only_ever_the_servers(full: Round) -> None:

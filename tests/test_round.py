@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dtl.core.crypto import residues, scheme
-from dtl.core.errors import VerificationError
-from dtl.core.files.documents import KgcSecrets
 from phe.paillier import PaillierPrivateKey, PaillierPublicKey
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+from dtl.core.crypto import residues, scheme
+from dtl.core.errors import VerificationError
+from dtl.core.files.documents import KgcSecrets
 from tests.helpers import Arrays, Cli, Round, random_arrays, residues_of
 
 FIVE = ("a", "b", "c", "d", "e")

@@ -9,9 +9,10 @@ Source: PROTOCOL.md, section 7; Bonawitz et al. (CCS 2017) without their double 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
+
 from dtl.core.crypto.primitives import KEY_BYTES, derive, fields, keystream, u32
 from dtl.core.crypto.residues import Bytes, from_integers, to_integers
-from numpy.typing import NDArray
 
 EXTRA_BYTES = 16
 """Keystream bytes beyond those of N, so that the number modulo N is uniform up to 2^-128."""

@@ -4,8 +4,9 @@ import secrets
 from functools import lru_cache
 
 import numpy as np
-from dtl.core.crypto import residues
 from numpy.typing import NDArray
+
+from dtl.core.crypto import residues
 
 SIEVE_LIMIT = 1 << 20
 _PER_WORD = 3  # sieve primes whose product still fits an int64

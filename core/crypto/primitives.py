@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.hpke import (
 )
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
 from dtl.core.errors import FormatError, NotAllowedError, VerificationError
 
 KEY_BYTES = 32

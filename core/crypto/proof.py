@@ -17,6 +17,7 @@ import secrets
 from dataclasses import dataclass, field
 
 import numpy as np
+
 from dtl.core.crypto import residues
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.primitives import fields, hash_fields, u32

@@ -13,9 +13,10 @@ from functools import cached_property
 
 import gmpy2
 import numpy as np
-from dtl.core.errors import FormatError, VerificationError
 from gmpy2 import mpz
 from numpy.typing import NDArray
+
+from dtl.core.errors import FormatError, VerificationError
 
 Bytes = NDArray[np.uint8]
 """A batch of little-endian numbers, uint8 [..., width]."""

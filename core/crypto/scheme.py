@@ -14,9 +14,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
+
 from dtl.core.crypto.group import PublicKey, StrongTrapdoor
 from dtl.core.crypto.residues import Bytes, FixedBaseTable, PaillierArithmetic
-from numpy.typing import NDArray
 
 
 def fresh_randomness(key: PublicKey, groups: int) -> Bytes:

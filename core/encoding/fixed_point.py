@@ -5,9 +5,10 @@ from functools import cached_property
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
+
 from dtl.core.crypto.primitives import hash_fields, keystream
 from dtl.core.errors import NumericError, UsageError
-from numpy.typing import NDArray
 
 DEFAULT_SLOT_BITS = 24
 DEFAULT_FRACTION_BITS = 20

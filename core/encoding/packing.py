@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
+
 from dtl.core.encoding.fixed_point import Integers
 from dtl.core.errors import UsageError, VerificationError
-from numpy.typing import NDArray
 
 Blocks = NDArray[np.uint8]
 _WORD_BITS = 64

@@ -112,7 +112,7 @@ class AtomicOutput:
 
         Whatever interrupts that leaves the sealed file: the line may be on disk, and then a
         rerun completes the work with `finish`. Only where `append` says that it failed is
-        the file removed; a rerun removes a sealed file without a line (`remove_pending`).
+        the file removed; a rerun removes a sealed file without a line.
         """
         self._keep = True
         try:
@@ -197,15 +197,19 @@ def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
 
 
-def _remove_leftovers(path: Path, ending: str = ".partial") -> None:
-    """Remove the temporary files and folders of killed commands with this output."""
+def _hidden(path: Path, ending: str) -> list[Path]:
+    """Temporary files and folders of an output."""
     with machine_errors(path):
-        leftovers = [
+        return [
             entry
             for entry in path.parent.iterdir()
             if entry.name.startswith(f".{path.name}.") and entry.name.endswith(ending)
         ]
-    for leftover in leftovers:
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove the temporary files and folders of killed commands with this output."""
+    for leftover in _hidden(path, ".partial"):
         with suppress(OSError):
             descriptor = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW)
             try:
@@ -223,9 +227,9 @@ def pending_path(path: Path, digest: bytes) -> Path:
     return path.with_name(f".{path.name}.{digest.hex()[:32]}.pending")
 
 
-def remove_pending(path: Path) -> None:
-    """Remove sealed files that never got their ledger line; call it under the ledger's lock."""
-    _remove_leftovers(path, ".pending")
+def pending_files(path: Path) -> list[Path]:
+    """Sealed files that have not got the name `path` yet."""
+    return _hidden(path, ".pending")
 
 
 def finish(path: Path, digest: bytes, force: bool) -> bool:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Literal, Self
 
+from pydantic import model_validator
+
 from dtl.core.crypto import primitives
 from dtl.core.errors import FormatError
 from dtl.core.files import canonical_json
@@ -10,7 +12,6 @@ from dtl.core.files.atomic import read_file
 from dtl.core.files.documents import MAX_DOCUMENT_BYTES, Job, signed_digest
 from dtl.core.files.headers import Contribution, Header
 from dtl.core.files.schema import Digest, Key32, Name, Round, Signature
-from pydantic import model_validator
 
 
 class SignedDocument(Header):

@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self
 
+from pydantic import Field, model_validator
+
 from dtl.core.crypto import primitives
 from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor, expand_half, security_of
 from dtl.core.encoding.fixed_point import FixedPoint
@@ -27,7 +29,6 @@ from dtl.core.files.schema import (
     Name,
     Signature,
 )
-from pydantic import Field, model_validator
 
 logger = logging.getLogger("dtl")
 

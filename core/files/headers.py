@@ -6,12 +6,13 @@ import time
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
+from pydantic import Field, field_validator, model_validator
+
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files import canonical_json
 from dtl.core.files.container import Container
 from dtl.core.files.safetensors import MAX_DIMENSIONS
 from dtl.core.files.schema import Base64, Digest, Document, Name, Round, Timestamp
-from pydantic import Field, field_validator, model_validator
 
 MAX_VALUES = 1 << 48
 Values = Annotated[int, Field(ge=1, lt=MAX_VALUES)]

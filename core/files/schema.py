@@ -3,9 +3,6 @@
 import re
 from typing import Annotated, Any, Final, Self
 
-from dtl.core.crypto.primitives import decode_base64, encode_base64
-from dtl.core.errors import FormatError
-from dtl.core.files import canonical_json
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -15,6 +12,10 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
 )
+
+from dtl.core.crypto.primitives import decode_base64, encode_base64
+from dtl.core.errors import FormatError
+from dtl.core.files import canonical_json
 
 FORMAT: Final = "dtl/v1"
 NAME_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"

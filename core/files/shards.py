@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from dtl.core.errors import DtlError, FormatError
-from dtl.core.files.atomic import open_regular, write_file
 from numpy.lib import format as npy
 from numpy.typing import NDArray
+
+from dtl.core.errors import DtlError, FormatError
+from dtl.core.files.atomic import open_regular, write_file
 
 MIN_CLASSES = 2
 

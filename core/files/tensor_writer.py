@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import IO, Self
 
 import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
 from dtl.core.encoding.fixed_point import Reals
 from dtl.core.errors import UsageError
 from dtl.core.files.atomic import AtomicOutput
@@ -22,8 +25,6 @@ from dtl.core.files.tensors import (
     item_bytes,
     make_layout,
 )
-from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 
 def check_suffix(path: Path) -> None:

@@ -15,6 +15,9 @@ from pathlib import Path
 from typing import IO, Literal, Protocol
 
 import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
+
 from dtl.core.crypto.primitives import fields, u32
 from dtl.core.encoding.fixed_point import Reals
 from dtl.core.errors import DtlError, FormatError, NumericError, VerificationError
@@ -23,8 +26,6 @@ from dtl.core.files.atomic import open_regular, read_start
 from dtl.core.files.headers import Layout, TensorSpec, check_layout
 from dtl.core.files.safetensors import SafetensorsFile, stamp_of
 from dtl.core.files.schema import FORMAT, Digest, Document, Round
-from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 SUFFIXES = (".safetensors", ".npz")
 METADATA_KEY, METADATA_ARRAY = "dtl", "__dtl__"

@@ -11,6 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import log_loss
+from sklearn.neural_network import MLPClassifier
+
 from dtl.core.errors import FormatError, NumericError, UsageError
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.shards import Shard, load_shard
@@ -22,10 +27,6 @@ from dtl.core.files.tensors import (
     read_arrays,
     weights_metadata,
 )
-from numpy.typing import NDArray
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import log_loss
-from sklearn.neural_network import MLPClassifier
 
 Weights = dict[str, NDArray[np.float64]]
 WEIGHT, BIAS = "layer{}.weight", "layer{}.bias"

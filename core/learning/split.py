@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
+
 from dtl import datasets
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files.atomic import check_output, machine_errors
 from dtl.core.files.shards import Shard, read_arrays, save_shard
-from numpy.typing import NDArray
 
 TEST = "test"
 DEFAULT_TEST_SHARE = 0.2

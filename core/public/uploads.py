@@ -10,6 +10,7 @@ from functools import reduce
 from pathlib import Path
 
 import numpy as np
+
 from dtl.core.crypto import proof
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes, to_integers

@@ -157,6 +157,9 @@ def _verify_product(job: Job, result: Result, pool: _Pool, work: Work) -> str:
         uploads.check_same(upload, found[0])
         uploads.check_proof(job, upload, work)
     orphans = _orphans(job, header, found, pool)
+    layouts = [start.layout] if start else [upload.header.layout for upload in found]
+    if header.layout not in layouts:
+        raise VerificationError(f"{path}: its tensors are not those of what it was made of")
     expected = results.manifest(job, found, start, header.layout, header.created)
     if expected != header:
         raise VerificationError(f"{path}: its manifest is not that of these uploads")
@@ -209,6 +212,9 @@ def check_manifest(job: Job, header: ResultHeader, path: Path) -> None:
     everyone = {*header.names, *header.missing}
     if everyone != set(job.names) or not set(header.contributions) <= everyone:
         raise FormatError(f"{path}: its manifest is not about this job's roster")
+    first = header.kind == "sum" or header.parent is None
+    if first and header.contributions != dict.fromkeys(header.names, 1):
+        raise VerificationError(f"{path}: its manifest counts contributions that were not made")
     found = len(header.contributors)
     enough = results.can_close(job, found) or not (job.masks and header.missing)
     if found < job.min_contributors or not enough:
@@ -224,6 +230,7 @@ def _check_contributions(header: ResultHeader, start: Start, path: Path) -> None
     for name in header.names:
         expected[name] = expected.get(name, 0) + 1
     good = (header.contributions, header.initial) == (expected, start.initial)
+    good = good and header.layout == start.layout
     if not good or header.round <= start.round:
         raise VerificationError(f"{path}: its manifest does not go on from its parent")
 
@@ -274,9 +281,7 @@ def _verify_release(
         if result.header != header.manifest:
             raise VerificationError(f"{path}: its manifest is not that of {result.path}")
         found["result"] = "the manifest is that of the result it names"
-        if pool.uploads or pool.reveals or pool.initial:
-            behind = _verify_result(job, result.path, pool, stack, work)
-            found["product"] = behind["product"]
+        found["product"] = _verify_result(job, result.path, pool, stack, work)["product"]
     return found
 
 
@@ -292,6 +297,8 @@ def _verify_document(job: Job, path: Path) -> dict[str, Any]:
         case Close():
             if {*document.names, *document.missing} != set(job.names):
                 raise FormatError(f"{path}: not about this job's roster")
+            if not results.can_close(job, len(document.names)):
+                raise QuorumError(f"{path}: {len(document.names)} are too few to close a round")
             return found | {
                 "contributors": list(document.names),
                 "missing": list(document.missing),

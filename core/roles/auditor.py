@@ -3,6 +3,7 @@
 Source: PROTOCOL.md, sections 4 (strong opening, audit check) and 7 (masks).
 """
 
+import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 from dtl.core.crypto import masks, scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
 from dtl.core.crypto.residues import Bytes
@@ -74,14 +76,6 @@ class _Subject:
     container: Container
 
 
-@dataclass
-class _Opened:
-    """What the strong trapdoor found in a file, before masks are taken off."""
-
-    blocks: list[Bytes] = field(default_factory=list)
-    malformed: list[int] = field(default_factory=list)
-
-
 def audit(
     key: Key, paths: Sequence[Path], options: AuditOptions, work: Work = DEFAULT_WORK
 ) -> list[Verdict]:
@@ -107,10 +101,20 @@ def audit(
             else:
                 bulk.append(_subject(key.job, path, options.unsigned, stack, work))
         auditor = _Auditor(key, work)
-        auditor.learn_base(options.model, bulk, options.unsigned, stack)
-        verdicts = [auditor.judge(subject, options) for subject in bulk]
-        verdicts += [auditor.judge_reveal(path, reveal) for path, reveal in reveals]
-    return verdicts
+        model, given = options.model, None
+        if model is not None and model.suffix != ".npz" and is_container(model):
+            given = _subject(key.job, model, options.unsigned, stack, work)
+        auditor.learn_bases(model, bulk, given)
+        verdicts = {
+            subject.path: auditor.judge(subject, options.plaintext, options.force)
+            for subject in bulk
+        }
+        # A good upload shows what its base was; look again at those that were in doubt.
+        doubtful = [s for s in bulk if verdicts[s.path].facts.get("masks") == "unknown"]
+        for subject in doubtful:
+            if auditor.knows(subject.header):
+                verdicts[subject.path] = auditor.judge(subject, None, False)
+        return [*verdicts.values(), *(auditor.judge_reveal(*reveal) for reveal in reveals)]
 
 
 def _is_json(path: Path) -> bool:
@@ -154,90 +158,119 @@ class _Auditor:
             strict=True,
         )
         self._exponents = tuple(a + b for a, b in halves)
-        self._vectors: dict[str, str] = {}  # digest of a model -> V of what it opens to
+        self._vectors: dict[str, str] = {}  # digest of a base -> what it opened to
 
-    def learn_base(
-        self, model: Path | None, bulk: Sequence[_Subject], unsigned: bool, stack: ExitStack
+    def learn_bases(
+        self, model: Path | None, bulk: Sequence[_Subject], given: _Subject | None
     ) -> None:
-        """Find out what the bases of masked uploads opened to: their masks depend on it."""
+        """Find out what the bases of masked uploads opened to: their masks depend on it.
+
+        Raises FormatError when `model` is the base of none of the files.
+        """
         needed = {s.header.base for s in bulk if isinstance(s.header, UploadHeader)}
-        candidates = [s for s in bulk if s.digest in needed]
-        if model is not None:
-            if model.suffix == ".npz" or not is_container(model):
-                self._learn_from_plain(model)
-            else:
-                candidates.append(_subject(self._job, model, unsigned, stack, self._work))
-        for subject in candidates:
+        for subject in [*bulk, *([given] if given else [])]:
             if isinstance(subject.header, ResultHeader):
-                state = VectorDigest(subject.header.layout, subject.header.values)
-                for integers in self._integers(self._open(subject).blocks, subject.header.values):
-                    state.update(integers)
-                self._vectors[subject.digest] = state.hexdigest()
+                if subject.header.initial:  # initial weights are what they open to
+                    self._vectors[subject.header.initial] = subject.header.initial
+                if subject.digest in needed:
+                    self._vectors[subject.digest] = self._opened_digest(subject)
+        base = given.digest if given else None
+        if model is not None and given is None:
+            source = tensors.open_tensors(model)
+            try:
+                known = tensors.weights_metadata(source)
+            finally:
+                source.close()
+            base = known.base
+            if known.base and known.opened:
+                self._vectors[known.base] = known.opened
+        if model is not None and base not in needed:
+            raise FormatError(f"{model}: not what any of the uploads is based on")
 
-    def _learn_from_plain(self, model: Path) -> None:
-        source = tensors.open_tensors(model)
-        try:
-            known = tensors.weights_metadata(source)
-        finally:
-            source.close()
-        if known.base and known.opened:
-            self._vectors[known.base] = known.opened
+    def _opened_digest(self, subject: _Subject) -> str:
+        """V of what a model opens to."""
+        header = subject.header
+        state, left = VectorDigest(header.layout, header.values), header.values
+        for _, blocks, _ in self._open(subject):
+            here = min(left, len(blocks) * self._job.packing.slots)
+            state.update(self._job.packing.unpack(blocks, here))
+            left -= here
+        return state.hexdigest()
 
-    def judge(self, subject: _Subject, options: AuditOptions) -> Verdict:
-        """The verdict on an upload, a sum or a model."""
+    def judge(self, subject: _Subject, plaintext: Path | None, force: bool) -> Verdict:
+        """The verdict on an upload, a sum or a model, in one pass over it."""
         header = subject.header
         verdict = Verdict(str(subject.path), header.kind, header.signer)
-        verdict.facts["round"] = header.round
-        opened = self._open(subject)
-        groups = self._job.groups(header.values)
-        verdict.facts["groups"] = groups
-        verdict.facts["malformed_groups"] = opened.malformed
-        if opened.malformed:
-            verdict.problems.append(f"malformed groups: {_ranges(opened.malformed)}")
-        blocks = opened.blocks
+        verdict.facts |= {"round": header.round, "groups": self._job.groups(header.values)}
         if isinstance(header, UploadHeader):
-            self._judge_proof(subject, verdict)
-            blocks = self._unmask(header, opened.blocks, verdict)
-        self._judge_values(header, blocks, verdict)
-        if options.plaintext is not None and verdict.facts["opens"]:
-            self._write(subject, blocks, options.plaintext, options.force)
-            verdict.facts["plaintext"] = str(options.plaintext)
+            self._judge_proof(subject, header, verdict)
+        values = _Values(self._job, header)
+        if plaintext is None:
+            malformed = self._measure(subject, values, None)
+        else:
+            metadata = self._metadata(subject, secrets.token_hex(64))
+            with AtomicOutput(plaintext, force) as output:
+                with TensorWriter(output, header.layout, metadata) as writer:
+                    malformed = self._measure(subject, values, writer)
+                    if not values.undecodable:
+                        writer.finish(self._metadata(subject, values.state.hexdigest()))
+                if not values.undecodable:
+                    output.commit()
+                    verdict.facts["plaintext"] = str(plaintext)
+        verdict.facts["malformed_groups"] = malformed
+        if malformed:
+            verdict.problems.append(f"malformed groups: {_ranges(malformed)}")
+        self._judge_masks(header, values, verdict)
+        values.judge(verdict)
         return verdict
+
+    def knows(self, header: UploadHeader | ResultHeader) -> bool:
+        """Whether it is certain what the base of an upload opened to."""
+        return isinstance(header, UploadHeader) and not self._doubt(header.base)
 
     def judge_reveal(self, path: Path, reveal: Reveal) -> Verdict:
         """The verdict on a reveal: are its keys those of the center's seeds?"""
         verdict = Verdict(str(path), reveal.kind, reveal.signer)
         verdict.facts["round"] = reveal.round
-        opened = self._opened_as(reveal.base)
         expected = {
-            other: self._round_key(reveal.signer, other, reveal.round, reveal.base, opened)
+            other: self._round_key(reveal.signer, other, reveal.round, reveal.base)
             for other in reveal.keys
         }
         if reveal.keys != expected:
-            verdict.problems.append(f"the keys that {reveal.signer} revealed are wrong")
+            problem = f"the keys that {reveal.signer} revealed are wrong"
+            verdict.problems.append(problem + self._doubt(reveal.base))
         return verdict
 
-    def _open(self, subject: _Subject) -> _Opened:
+    def _open(self, subject: _Subject) -> Iterator[tuple[int, Bytes, list[int]]]:
+        """(first group, blocks [7 G, block width], malformed groups), a few groups at a time."""
         rows = subject.container.rows(RESIDUES)
-        groups = self._job.groups(subject.header.values)
-        pieces = uploads.spans(groups, AUDIT_GROUPS)
-        tasks = (
-            (self._job.public_key, self._trapdoor, self._exponents, rows, *piece)
-            for piece in pieces
-        )
-        opened = _Opened()
-        step = f"open {subject.path.name}"
-        for blocks, malformed in self._work.map(step, _open_chunk, tasks, len(pieces)):
-            opened.blocks.append(blocks)
-            opened.malformed += malformed
-        return opened
+        pieces = uploads.spans(self._job.groups(subject.header.values), AUDIT_GROUPS)
+        common = (self._job.public_key, self._trapdoor, self._exponents, rows)
+        tasks = ((*common, *piece) for piece in pieces)
+        results = self._work.map(f"open {subject.path.name}", _open_chunk, tasks, len(pieces))
+        for (first, _), (blocks, malformed) in zip(pieces, results, strict=True):
+            yield first, blocks, malformed
 
-    def _judge_proof(self, subject: _Subject, verdict: Verdict) -> None:
-        if PROOF not in subject.container.tensors or not isinstance(subject.header, UploadHeader):
+    def _measure(
+        self, subject: _Subject, values: "_Values", writer: TensorWriter | None
+    ) -> list[int]:
+        """Take masks off, decode and measure all values; returns the malformed groups."""
+        malformed: list[int] = []
+        keys = self._mask_keys(subject.header)
+        for first, blocks, bad in self._open(subject):
+            malformed += bad
+            bare = masks.add_masks(blocks, keys, first * COMPONENTS, self._job.N)
+            integers = values.add(first, bare)
+            if writer and integers is not None and not values.undecodable:
+                writer.write(self._job.fixed_point.decode(integers))
+        return malformed
+
+    def _judge_proof(self, subject: _Subject, header: UploadHeader, verdict: Verdict) -> None:
+        if PROOF not in subject.container.tensors:
             verdict.facts["proof"] = "none"
             verdict.problems.append("no proof")
             return
-        upload = Upload(subject.path, subject.header, subject.digest, subject.container)
+        upload = Upload(subject.path, header, subject.digest, subject.container)
         try:
             uploads.check_proof(self._job, upload, self._work)
             verdict.facts["proof"] = "holds"
@@ -245,15 +278,46 @@ class _Auditor:
             verdict.facts["proof"] = "does not hold"
             verdict.problems.append(error.message.removeprefix(f"{subject.path}: "))
 
-    def _opened_as(self, base: str | None) -> str | None:
-        """V of what the base opened to; what no model was given for counts as initial weights."""
-        return None if base is None else self._vectors.get(base, base)
+    def _judge_masks(
+        self, header: UploadHeader | ResultHeader, values: "_Values", verdict: Verdict
+    ) -> None:
+        if not isinstance(header, UploadHeader):
+            return
+        if not header.masked:
+            verdict.facts["masks"] = "none"
+        elif not values.undecodable:
+            verdict.facts["masks"] = "as they should be"
+            if header.base:  # so what was assumed of the base is true
+                self._vectors.setdefault(header.base, header.base)
+        else:
+            doubt = self._doubt(header.base)
+            verdict.facts["masks"] = "unknown" if doubt else "wrong"
+            verdict.facts["wrongly_masked_groups"] = values.undecodable
+            where = _ranges(values.undecodable)
+            verdict.problems.append(f"wrong masks in groups {where}{doubt}")
 
-    def _round_key(
-        self, own: str, other: str, number: int, base: str | None, opened: str | None
-    ) -> bytes:
+    def _doubt(self, base: str | None) -> str:
+        """What to add to an accusation that rests on a guess about the base."""
+        if base is None or base in self._vectors:
+            return ""
+        return ", or a base that the audit does not know: add --model"
+
+    def _mask_keys(self, header: UploadHeader | ResultHeader) -> list[masks.Key]:
+        """What takes the masks off an upload."""
+        if not isinstance(header, UploadHeader) or not header.masked:
+            return []
+        own = header.signer
+        return [
+            (-masks.sign_of(own, other), self._round_key(own, other, header.round, header.base))
+            for other in self._job.names
+            if other != own
+        ]
+
+    def _round_key(self, own: str, other: str, number: int, base: str | None) -> bytes:
         first, second = sorted((own, other))
         seed = masks.pair_seed(self._secrets.mask_root, bytes.fromhex(self._job.id), first, second)
+        # Initial weights are their own digest; a base that is not known counts as such.
+        opened = self._vectors.get(base, base) if base else None
         return masks.round_key(
             seed,
             bytes.fromhex(self._job.digest),
@@ -263,117 +327,80 @@ class _Auditor:
             bytes.fromhex(self._job.roster_digest),
         )
 
-    def _unmask(
-        self, header: UploadHeader, blocks: Sequence[Bytes], verdict: Verdict
-    ) -> list[Bytes]:
-        if not header.masked:
-            verdict.facts["masks"] = "none"
-            return list(blocks)
-        opened = self._opened_as(header.base)
-        keys = [
-            (
-                -masks.sign_of(header.signer, other),
-                self._round_key(header.signer, other, header.round, header.base, opened),
-            )
-            for other in self._job.names
-            if other != header.signer
-        ]
-        bare, first = [], 0
-        for batch in blocks:
-            bare.append(masks.add_masks(batch, keys, first, self._job.N))
-            first += len(batch)
-        wrong = self._undecodable(bare)
-        verdict.facts["masks"] = "as they should be" if not wrong else "wrong"
-        if wrong:
-            verdict.facts["wrongly_masked_groups"] = wrong
-            hint = ""
-            if header.base is not None and header.base not in self._vectors:
-                hint = " (or its base was not initial weights: add --model)"
-            verdict.problems.append(f"wrong masks in groups {_ranges(wrong)}{hint}")
-        return bare
+    def _metadata(self, subject: _Subject, opened: str) -> PlainMetadata | None:
+        if subject.header.kind != "model":
+            return None
+        return PlainMetadata(
+            format=FORMAT,
+            kind="weights",
+            round=subject.header.round,
+            base=subject.digest,
+            opened=opened,
+        )
 
-    def _undecodable(self, blocks: Sequence[Bytes]) -> list[int]:
-        """Groups with a block out of range."""
-        wrong, number = set(), 0
-        for batch in blocks:
-            for block in batch:
-                try:
-                    self._job.packing.unpack(block[None], self._job.packing.slots)
-                except VerificationError:
-                    wrong.add(number // COMPONENTS)
-                number += 1
-        return sorted(wrong)
 
-    def _judge_values(
-        self, header: UploadHeader | ResultHeader, blocks: Sequence[Bytes], verdict: Verdict
-    ) -> None:
-        fixed_point, limit = self._job.fixed_point, self._limit(header)
-        smallest, largest, squares, at_limit, beyond = 0, 0, 0.0, 0, 0
+class _Values:
+    """The values of a file, measured batch by batch."""
+
+    def __init__(self, job: Job, header: UploadHeader | ResultHeader) -> None:
+        fixed_point = job.fixed_point
+        limits = {
+            "upload": fixed_point.max_step,
+            "sum": fixed_point.max_sum,
+            "model": fixed_point.max_value,
+        }
+        self._job, self._header, self._limit = job, header, limits[header.kind]
+        self._left = header.values
+        self._smallest = self._largest = self._at_limit = self._beyond = 0
+        self._squares = 0.0
+        self.undecodable: list[int] = []
+        self.state = VectorDigest(header.layout, header.values)
+
+    def add(self, first: int, blocks: Bytes) -> Integers | None:
+        """Measure the groups from `first` on; None where they do not decode."""
+        packing = self._job.packing
+        here = min(self._left, len(blocks) * packing.slots)
+        self._left -= here
         try:
-            for integers in self._integers(blocks, header.values):
-                smallest = min(smallest, int(integers.min(initial=0)))
-                largest = max(largest, int(integers.max(initial=0)))
-                squares += float(np.square(integers.astype(np.float64)).sum())
-                at_limit += int((np.abs(integers) == limit).sum())
-                beyond += int((np.abs(integers) > limit).sum())
-        except VerificationError as error:
-            verdict.facts["opens"] = False
-            verdict.facts["undecodable_groups"] = self._undecodable(blocks)
-            verdict.problems.append(f"cannot be opened: {error.message}")
-            if isinstance(header, ResultHeader):
+            integers = packing.unpack(blocks, here)
+        except VerificationError:
+            step = COMPONENTS * packing.slots
+            for number, group in enumerate(blocks.reshape(-1, COMPONENTS, blocks.shape[-1])):
+                try:
+                    packing.unpack(group, max(0, min(step, here - number * step)))
+                except VerificationError:
+                    self.undecodable.append(first + number)
+            return None
+        self._smallest = min(self._smallest, int(integers.min(initial=0)))
+        self._largest = max(self._largest, int(integers.max(initial=0)))
+        self._squares += float(np.square(integers.astype(np.float64)).sum())
+        self._at_limit += int((np.abs(integers) == self._limit).sum())
+        self._beyond += int((np.abs(integers) > self._limit).sum())
+        self.state.update(integers)
+        return integers
+
+    def judge(self, verdict: Verdict) -> None:
+        """Add what was measured to a verdict."""
+        one = self._job.fixed_point.one
+        verdict.facts["opens"] = not self.undecodable
+        if self.undecodable:
+            verdict.facts["undecodable_groups"] = self.undecodable
+            verdict.problems.append(f"cannot be opened: groups {_ranges(self.undecodable)}")
+            if isinstance(self._header, ResultHeader):
                 verdict.problems.append(
                     "masks do not cancel, or an upload is spoiled: audit the uploads and reveals "
                     "of the round to see whose"
                 )
             return
         verdict.facts |= {
-            "opens": True,
-            "smallest": smallest / fixed_point.one,
-            "largest": largest / fixed_point.one,
-            "norm": squares**0.5 / fixed_point.one,
-            "share_clamped": at_limit / header.values,
-            "share_out_of_range": beyond / header.values,
+            "smallest": self._smallest / one,
+            "largest": self._largest / one,
+            "norm": self._squares**0.5 / one,
+            "share_clamped": self._at_limit / self._header.values,
+            "share_out_of_range": self._beyond / self._header.values,
         }
-        if beyond:
-            verdict.problems.append(f"{beyond} values beyond +-{limit / fixed_point.one:g}")
-
-    def _limit(self, header: UploadHeader | ResultHeader) -> int:
-        fixed_point = self._job.fixed_point
-        limits = {
-            "upload": fixed_point.max_step,
-            "sum": fixed_point.max_sum,
-            "model": fixed_point.max_value,
-        }
-        return limits[header.kind]
-
-    def _integers(self, blocks: Sequence[Bytes], count: int) -> Iterator[Integers]:
-        """The values in blocks; VerificationError when they do not decode."""
-        for batch in blocks:
-            here = min(count, len(batch) * self._job.packing.slots)
-            yield self._job.packing.unpack(batch, here)
-            count -= here
-
-    def _write(self, subject: _Subject, blocks: Sequence[Bytes], path: Path, force: bool) -> None:
-        header = subject.header
-        fixed_point = self._job.fixed_point
-        state = VectorDigest(header.layout, header.values)
-        for integers in self._integers(blocks, header.values):
-            state.update(integers)
-        metadata = None
-        if header.kind == "model":
-            metadata = PlainMetadata(
-                format=FORMAT,
-                kind="weights",
-                round=header.round,
-                base=subject.digest,
-                opened=state.hexdigest(),
-            )
-        with AtomicOutput(path, force) as output:
-            with TensorWriter(output, header.layout, metadata) as writer:
-                for integers in self._integers(blocks, header.values):
-                    writer.write(fixed_point.decode(integers))
-                writer.finish(metadata)
-            output.commit()
+        if self._beyond:
+            verdict.problems.append(f"{self._beyond} values beyond +-{self._limit / one:g}")
 
 
 def _open_chunk(

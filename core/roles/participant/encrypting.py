@@ -1,6 +1,7 @@
 """A participant encrypts its gradients (protocol, section 8, step 1)."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes
 from dtl.core.encoding.fixed_point import Integers, Rounding
 from dtl.core.errors import (
+    DtlError,
     FormatError,
     NotAllowedError,
     UsageError,
     VerificationError,
 )
 from dtl.core.files import tensors
-from dtl.core.files.atomic import AtomicOutput, check_output, finish, remove_pending
+from dtl.core.files.atomic import AtomicOutput, check_output, finish, pending_files
 from dtl.core.files.container import PROOF, RESIDUES, Container, ContainerWriter
 from dtl.core.files.documents import Job, Key
 from dtl.core.files.headers import (
@@ -32,6 +34,8 @@ from dtl.core.files.tensors import TensorFile
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.progress import ProgressCallback, silent
 from dtl.core.roles.participant.basis import Basis, mask_keys
+
+logger = logging.getLogger("dtl")
 
 ENCRYPT_GROUPS = 32  # groups a task
 
@@ -103,7 +107,7 @@ def encrypt_gradients(
                         "send that same file again, or go on with the next round",
                     )
                 return UploadReport(_written_header(output), done, None)
-            remove_pending(output)
+            _remove_unrecorded(key, ledger, output)
             blocks = _Blocks(job, encoded, mask_keys(key, basis))
             with AtomicOutput(output, force) as file:
                 shape = job.residue_shape(header.values)
@@ -127,6 +131,23 @@ def encrypt_gradients(
     finally:
         source.close()
     return UploadReport(header, digest.hex(), clamped)
+
+
+def _remove_unrecorded(key: Key, ledger: Ledger, output: Path) -> None:
+    """Remove finished uploads of this key that never got their ledger line.
+
+    Each would be a second upload under one mask.
+    """
+    recorded = [entry.upload for entry in ledger.find(UploadEntry)]
+    for path in pending_files(output):
+        try:
+            with Container(path) as container:
+                header = read_header(container, ("upload",), key.job.digest)
+                digest = container.digest().hex()
+        except DtlError:
+            continue
+        if header.signer == key.name and digest not in recorded:
+            path.unlink()
 
 
 def _written_header(path: Path) -> UploadHeader:
@@ -278,7 +299,10 @@ def _check_only_upload(ledger: Ledger, basis: Basis, accept_differencing: bool) 
         return made[0].upload
     if basis.base is None:
         return None
-    for entry in ledger.find(OpenEntry, result=basis.base):
+    opened = ledger.find(OpenEntry, result=basis.base)
+    if basis.opened != basis.base and not opened:
+        logger.warning("this key has not opened the model that the gradients are based on itself")
+    for entry in opened:
         if entry.opened != basis.opened:
             raise VerificationError("the model is not the one that was opened under this name")
     if ledger.find(UploadEntry, base=basis.base) and not accept_differencing:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+
 from dtl.core.crypto import primitives, scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes
@@ -72,8 +73,13 @@ def open_release(
             payload = sealed.open_stream(container, encryption_key, core, length)
             with AtomicOutput(output, force) as file:
                 opened = _decode(key, header, payload, file, release, work)
+                known = ledger.find(OpenEntry, result=header.of)
+                if known and known[0].opened != opened:
+                    raise VerificationError(
+                        f"{release}: {header.of[:16]}... was opened with another content"
+                    )
                 file.sync()
-                if not ledger.find(OpenEntry, result=header.of):
+                if not known:
                     ledger.append(
                         OpenEntry(
                             event="open",

@@ -6,6 +6,7 @@ from dtl.core.errors import (
     FormatError,
     NotAllowedError,
     QuorumError,
+    UsageError,
     VerificationError,
 )
 from dtl.core.files.atomic import AtomicOutput, check_output
@@ -14,7 +15,7 @@ from dtl.core.files.documents import Key
 from dtl.core.files.headers import (
     now,
 )
-from dtl.core.files.ledger import Ledger, RevealEntry, UploadEntry
+from dtl.core.files.ledger import Ledger, OpenEntry, RevealEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.public import results
 from dtl.core.roles.participant.basis import Basis, round_key
@@ -31,6 +32,8 @@ def reveal_masks(key: Key, path: Path, output: Path, force: bool = False) -> Rev
     check_output(output, force)
     job = key.job
     close = Close.load(path, job)
+    if not job.masks:
+        raise UsageError("this job has no masks: there is nothing to reveal")
     if {*close.names, *close.missing} != set(job.names):
         raise FormatError(f"{path}: not about this job's roster")
     if key.name in close.missing:
@@ -47,6 +50,8 @@ def reveal_masks(key: Key, path: Path, output: Path, force: bool = False) -> Rev
         if not sent or (sent[0].upload, sent[0].base) != (close.uploads[key.name], close.base):
             raise VerificationError(f"{path}: does not name the upload that {key.name} made")
         before = ledger.find(RevealEntry, round=close.round)
+        if not before:
+            _check_still_open(ledger, sent[0], path)
         if before and before[0].close != close.digest:
             raise NotAllowedError(
                 f"{path}: a second close of round {close.round}",
@@ -73,3 +78,15 @@ def reveal_masks(key: Key, path: Path, output: Path, force: bool = False) -> Rev
                 ledger.append(entry)
             file.commit()
     return reveal
+
+
+def _check_still_open(ledger: Ledger, sent: UploadEntry, path: Path) -> None:
+    """Raise NotAllowedError for a round whose result is known, or that was begun anew.
+
+    A close file that comes only then would take somebody out of a sum that is known with it.
+    """
+    if ledger.find(OpenEntry, round=sent.round):
+        raise NotAllowedError(f"{path}: the result of round {sent.round} was opened already")
+    later = [e for e in ledger.find(UploadEntry) if e.round > sent.round]
+    if any(sent.base is not None and entry.base == sent.base for entry in later):
+        raise NotAllowedError(f"{path}: round {sent.round} was void, and was begun anew since")

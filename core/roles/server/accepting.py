@@ -59,13 +59,16 @@ def accept(
             opened.append(uploads.open_upload(job, path, stack, work))
 
         passes(open_one, path)
-    reference = _commonest(opened) if skip_invalid else next(iter(opened), None)
+
+    def fits(upload: Upload) -> bool:
+        return start is None or passes(lambda: results.check_base(upload, start), upload.path)
+
+    based = [upload for upload in opened if fits(upload)]
+    reference = _commonest(based) if skip_invalid else next(iter(based), None)
     accepted: list[Upload] = []
-    for upload in opened:
+    for upload in based:
 
         def check(upload: Upload = upload) -> None:
-            if start:
-                results.check_base(upload, start)
             if reference:
                 uploads.check_same(upload, reference)
             uploads.check_proof(job, upload, work)
@@ -77,13 +80,13 @@ def accept(
 
 
 def _commonest(opened: Sequence[Upload]) -> Upload | None:
-    """An upload of the round, base and tensors that most have."""
+    """An upload of the round, base and tensors that most participants made one for."""
 
     def statement(upload: Upload) -> tuple[object, ...]:
         header = upload.header
         return header.round, header.base, tuple((s.name, s.shape) for s in header.layout)
 
-    counts = Counter(map(statement, opened))
+    counts = Counter(text for _, text in {(u.header.signer, statement(u)) for u in opened})
     return max(opened, key=lambda upload: counts[statement(upload)], default=None)
 
 

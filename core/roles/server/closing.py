@@ -9,7 +9,7 @@ from dtl.core.files.atomic import AtomicOutput, check_output
 from dtl.core.files.closing import Close
 from dtl.core.files.documents import SERVER, Key
 from dtl.core.files.headers import Contribution, now
-from dtl.core.files.ledger import CloseEntry, Ledger
+from dtl.core.files.ledger import AggregateEntry, CloseEntry, Ledger, ReleaseEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import results
@@ -51,6 +51,7 @@ def close_round(
         if not results.can_close(job, len(accepted)):
             raise how_to_go_on(key, accepted, Round(), None)
         first, digests = accepted[0].header, digests_of(accepted)
+        _check_open(ledger, first.round, set(digests))
         before = ledger.find(CloseEntry, round=first.round)
         if before and (before[0].uploads, before[0].base) != (digests, first.base):
             raise NotAllowedError(f"round {first.round} was closed already, with other uploads")
@@ -84,3 +85,19 @@ def close_round(
                 )
             file.commit()
     return close
+
+
+def _check_open(ledger: Ledger, number: int, present: set[str]) -> None:
+    """Raise NotAllowedError for a round that was released, or added up with somebody missing now.
+
+    The two sums would differ in that participant's input alone.
+    """
+    if ledger.find(ReleaseEntry, round=number):
+        raise NotAllowedError(f"round {number} was released already, and cannot be closed any more")
+    for entry in ledger.find(AggregateEntry, round=number):
+        if not set(entry.uploads) <= present:
+            absent = ", ".join(sorted(set(entry.uploads) - present))
+            raise NotAllowedError(
+                f"round {number} was added up with {absent} already",
+                "release that result; or begin a new round on the same base",
+            )

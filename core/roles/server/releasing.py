@@ -4,6 +4,7 @@ import secrets
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 from dtl.core.crypto import primitives, scheme
@@ -122,9 +123,9 @@ def _grants(
     unknown = sorted(set(policy.to or ()) - set(job.names))
     if unknown:
         raise NotAllowedError(f"not in this job's roster: {', '.join(unknown)}")
-    least: float = policy.min_rounds or 1
-    if policy.min_share is not None:
-        least = max(least, policy.min_share * _rounds_of(found, digest, ledger))
+    least = Fraction(policy.min_rounds or 1)
+    if policy.min_share is not None:  # as it was written: 0.28 of 25 rounds are 7
+        least = max(least, Fraction(str(policy.min_share)) * _rounds_of(found, digest, ledger))
     eligible = {name for name, rounds in found.contributions.items() if rounds >= least}
     wanted = set(eligible if policy.to is None else policy.to) - set(policy.admit)
     strangers = sorted(wanted - eligible)
