@@ -197,7 +197,14 @@ def check(round_: Round, found: proof.Proof, rho: Bytes, residues: Bytes) -> Non
     proof.verify(key, found, to_integers(key.arithmetic.weighted_products(residues, rho)))
 
 
-def test_hundreds_of_honest_proofs_hold(round_: Round) -> None:
+@pytest.fixture
+def tiny(new_round: NewRound) -> Round:
+    """A job of 256 bits, for tests of hundreds of cases."""
+    return new_round(("a", "b", "c"), "--modulus-bits", 256, "--insecure")
+
+
+def test_hundreds_of_honest_proofs_hold(tiny: Round) -> None:
+    round_ = tiny
     for number in range(300):
         blocks, randomness, residues = small_statement(round_, KEY_SIZES[number % 3])
         found, rho = prove(round_, blocks, randomness, residues)
@@ -217,7 +224,8 @@ MALFORMED: dict[str, Callable[[int, int, int], int]] = {
 
 
 @pytest.mark.parametrize("kind", MALFORMED)
-def test_hundreds_of_malformed_uploads_of_each_kind_do_not(round_: Round, kind: str) -> None:
+def test_hundreds_of_malformed_uploads_of_each_kind_do_not(tiny: Round, kind: str) -> None:
+    round_ = tiny
     key = round_.job.public_key
     for number in range(200):
         groups = KEY_SIZES[number % 3]

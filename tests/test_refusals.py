@@ -43,10 +43,9 @@ def flips(path: Path) -> Iterator[tuple[int, bytes]]:
     places |= {data.index(b"signature") + i for i in (0, 5, 12, 60)}
     places |= set(np.random.default_rng(0).integers(header, len(data), 10).tolist())
     for place in sorted(places):
-        for mask in (0x01, 0x20):
-            changed = bytearray(data)
-            changed[place] ^= mask
-            yield place, bytes(changed)
+        changed = bytearray(data)
+        changed[place] ^= (0x01, 0x20)[place % 2]  # 0x20 turns the case of a letter
+        yield place, bytes(changed)
 
 
 def test_a_flipped_byte_in_an_upload(full: Round) -> None:
