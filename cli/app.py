@@ -120,7 +120,7 @@ def _spread(arguments: list[str]) -> list[str]:
     """
     spread: list[str] = []
     option = None
-    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=True):
+    for argument, following in zip(arguments, [*arguments[1:], "-"], strict=False):
         if argument.startswith("-"):
             name, equals, _ = argument.partition("=")
             option = name if name in _MANY else None

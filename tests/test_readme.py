@@ -71,6 +71,22 @@ def test_every_command_is_in_the_readme_and_helps_with_an_example(dtl: Cli) -> N
     assert "Key generation center" in dtl("--help").out
 
 
+def test_the_bare_command_helps_and_the_shell_completes() -> None:
+    clean = environment()
+    shown = subprocess.run(["dtl"], env=clean, capture_output=True, text=True, check=True)
+    assert "Usage: dtl" in shown.stdout
+    assert not shown.stderr
+    asked = {"_DTL_COMPLETE": "complete_bash", "COMP_WORDS": "dtl re", "COMP_CWORD": "1"}
+    completed = subprocess.run(
+        ["dtl"], env=clean | asked, capture_output=True, text=True, check=False
+    )
+    assert completed.stdout.split() == ["reveal-masks", "release-model"]
+    done = subprocess.run(
+        ["dtl", "--version"], env=clean, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"dtl \d+\.\d+\.\d+\n", done.stdout)
+
+
 def test_links_lead_somewhere() -> None:
     for document in [d for part in ("", "core/**/", "datasets/") for d in ROOT.glob(f"{part}*.md")]:
         for link in re.findall(r"\]\((?!https?:)([^)#]+)\)", document.read_text()):
