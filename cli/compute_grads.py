@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from dtl.cli.options import ForceOption, JsonOption, OutOption, Output, QuietOption, SeedOption
+from dtl.core import defaults
 
 EXAMPLE = """Example:
 
@@ -25,14 +26,18 @@ def compute_grads(
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help="Samples a step; by default 32 in local epochs, else all.", show_default=False
+            help=f"Samples a step; by default {defaults.BATCH_SIZE} in local epochs, else all.",
+            show_default=False,
         ),
     ] = None,
     local_lr: Annotated[
         float | None,
-        typer.Option(help="The learning rate of local epochs; by default 0.1.", show_default=False),
+        typer.Option(
+            help=f"The learning rate of local epochs; by default {defaults.LOCAL_LR}.",
+            show_default=False,
+        ),
     ] = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = defaults.SEED,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,

@@ -18,6 +18,7 @@ from dtl.cli.options import (
     QuietOption,
     WorkersOption,
 )
+from dtl.core import defaults
 
 EXAMPLE = """Example:
 
@@ -59,7 +60,9 @@ def encrypt_grads(
             help="Your share of the sum; by default 1/n for n participants.", show_default=False
         ),
     ] = None,
-    lr: Annotated[float, typer.Option(help="The learning rate; the gradients are scaled.")] = 1.0,
+    lr: Annotated[
+        float, typer.Option(help="The learning rate; the gradients are scaled.")
+    ] = defaults.LR,
     rounding: Annotated[
         RoundingName, typer.Option(help="Stochastic is unbiased: small gradients are not lost.")
     ] = RoundingName.STOCHASTIC,

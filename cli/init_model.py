@@ -7,6 +7,7 @@ import typer
 
 from dtl.cli import options
 from dtl.cli.options import ForceOption, JsonOption, OutOption, Output, QuietOption, SeedOption
+from dtl.core import defaults
 
 EXAMPLE = """Example:
 
@@ -20,8 +21,8 @@ def init_model(
     out: OutOption,
     hidden: Annotated[
         str, typer.Option(metavar="SIZES", help="Sizes of the hidden layers: 64,32.")
-    ] = "32",
-    seed: SeedOption = 0,
+    ] = defaults.HIDDEN,
+    seed: SeedOption = defaults.SEED,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,

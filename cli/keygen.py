@@ -14,6 +14,7 @@ from dtl.cli.options import (
     QuietOption,
     WorkersOption,
 )
+from dtl.core import defaults
 
 EXAMPLE = """Example:
 
@@ -29,12 +30,16 @@ def keygen(
     participants: ParticipantsOption,
     modulus_bits: Annotated[
         int, typer.Option(help="2048 or 3072; smaller with --insecure.")
-    ] = 3072,
-    slot_bits: Annotated[int, typer.Option(help="Bits of an encrypted value.")] = 24,
-    fraction_bits: Annotated[int, typer.Option(help="Bits after the binary point.")] = 20,
+    ] = defaults.MODULUS_BITS,
+    slot_bits: Annotated[
+        int, typer.Option(help="Bits of an encrypted value.")
+    ] = defaults.SLOT_BITS,
+    fraction_bits: Annotated[
+        int, typer.Option(help="Bits after the binary point.")
+    ] = defaults.FRACTION_BITS,
     min_contributors: Annotated[
         int, typer.Option(help="The fewest uploads that are ever added up.")
-    ] = 3,
+    ] = defaults.MIN_CONTRIBUTORS,
     no_masks: Annotated[
         bool, typer.Option("--no-masks", help="Do without pairwise masks.")
     ] = False,

@@ -14,6 +14,7 @@ from dtl.cli.options import (
     QuietOption,
     SeedOption,
 )
+from dtl.core import defaults
 
 EXAMPLE = """Example:
 
@@ -35,7 +36,9 @@ def split_data(
     out: Annotated[
         Path, typer.Option("--out", "-o", help="The folder for the shards.", show_default=False)
     ],
-    test: Annotated[float, typer.Option(help="The share of samples kept for the test.")] = 0.2,
+    test: Annotated[
+        float, typer.Option(help="The share of samples kept for the test.")
+    ] = defaults.TEST_SHARE,
     alpha: Annotated[
         float | None,
         typer.Option(
@@ -43,7 +46,7 @@ def split_data(
             show_default=False,
         ),
     ] = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = defaults.SEED,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,

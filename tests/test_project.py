@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 FLOORS = [
     "dtl.core.errors",
     "dtl.core.progress",
+    "dtl.core.defaults",
     "dtl.core.crypto",
     "dtl.core.encoding",
     "dtl.datasets",

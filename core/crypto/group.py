@@ -22,7 +22,6 @@ COMPONENTS = 7
 SECURE_SIZES = {2048: ("112", 224), 3072: ("128", 256)}
 """|N| -> (security in bits, exponent length ell in bits)."""
 
-DEFAULT_MODULUS_BITS = 3072
 MIN_INSECURE_BITS = 256
 _INSECURE_EXPONENT_BITS = 256
 _SIZE_STEP = 16  # both primes get the same whole number of bytes

@@ -33,7 +33,6 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 from dtl.core.errors import FormatError, NotAllowedError, VerificationError
 
 KEY_BYTES = 32
-DIGEST_BYTES = 64
 SIGNATURE_BYTES = 64
 TAG_BYTES = 16
 SEAL_CHUNK = 1 << 20

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 from dtl.core.crypto.primitives import hash_fields, keystream
 from dtl.core.errors import NumericError, UsageError
 
-DEFAULT_SLOT_BITS = 24
-DEFAULT_FRACTION_BITS = 20
 MAX_SLOT_BITS = 52  # so that every clamped integer is exact in float64
 
 Reals = NDArray[np.float64]

@@ -16,6 +16,7 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import log_loss
 from sklearn.neural_network import MLPClassifier
 
+from dtl.core import defaults
 from dtl.core.errors import FormatError, NumericError, UsageError
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.shards import Shard, load_shard
@@ -31,9 +32,6 @@ from dtl.core.files.tensors import (
 Weights = dict[str, NDArray[np.float64]]
 WEIGHT, BIAS = "layer{}.weight", "layer{}.bias"
 DTYPE = "F32"
-DEFAULT_HIDDEN = (32,)
-DEFAULT_LOCAL_LR = 0.1
-DEFAULT_BATCH_SIZE = 32
 _NO_STEP = 1e-300  # a learning rate that changes no weight
 
 
@@ -44,7 +42,7 @@ class LocalTraining:
     epochs: int = 0
     batch_size: int | None = None
     lr: float | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
 
     def __post_init__(self) -> None:
         if self.epochs < 0:
@@ -104,8 +102,8 @@ def local_update(weights: Weights, data: Shard, training: LocalTraining, what: s
     hidden = _hidden_of(weights, data, what)
     samples = len(data.x)
     if training.epochs:
-        lr = training.lr or DEFAULT_LOCAL_LR
-        batch = min(samples, training.batch_size or DEFAULT_BATCH_SIZE)
+        lr = training.lr or defaults.LOCAL_LR
+        batch = min(samples, training.batch_size or defaults.BATCH_SIZE)
     else:  # one step of lr 1 over the whole batch: the difference is the gradient itself
         lr = 1.0
         batch = samples

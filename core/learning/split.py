@@ -9,12 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtl import datasets
+from dtl.core import defaults
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files.atomic import check_output, machine_errors
 from dtl.core.files.shards import Shard, read_arrays, save_shard
 
 TEST = "test"
-DEFAULT_TEST_SHARE = 0.2
 _DIRICHLET_TRIES = 100
 _MIN_SAMPLES = 2
 
@@ -24,9 +24,9 @@ class SplitOptions:
     """How to split: the test share, Dirichlet `alpha` (None: evenly at random), the seed."""
 
     participants: Sequence[str]
-    test: float = DEFAULT_TEST_SHARE
+    test: float = defaults.TEST_SHARE
     alpha: float | None = None
-    seed: int = 0
+    seed: int = defaults.SEED
 
 
 def split_data(

@@ -29,7 +29,6 @@ from dtl.core.parallel import DEFAULT_WORK, Work, default_workers
 
 logger = logging.getLogger("dtl")
 
-DEFAULT_MIN_CONTRIBUTORS = 3
 MIN_CONTRIBUTORS = 2
 _POOL_FROM_BITS = 1024  # smaller primes are found before worker processes have started
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtl.core import defaults
 from dtl.core.crypto import masks, primitives, proof, scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes
@@ -46,7 +47,7 @@ class UploadOptions:
 
     rounding: Rounding
     weight: float | None = None
-    lr: float = 1.0
+    lr: float = defaults.LR
     round: int | None = None
     model: Path | None = None
     accept_differencing: bool = False
