@@ -4,7 +4,8 @@ The server computes with these functions, and anyone recomputes with them. Sourc
 PROTOCOL.md, section 8, step 2.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -132,9 +133,6 @@ def manifest(
     """
     first = uploads[0].header
     by_name = {upload.header.signer: upload.digest for upload in uploads}
-    contributions = dict(start.contributions) if start else {}
-    for name in by_name:
-        contributions[name] = contributions.get(name, 0) + 1
     return ResultHeader(
         format=FORMAT,
         kind="model" if start else "sum",
@@ -150,8 +148,15 @@ def manifest(
             Contribution(participant=name, upload=by_name[name]) for name in sorted(by_name)
         ),
         missing=tuple(name for name in job.names if name not in by_name),
-        contributions=dict(sorted(contributions.items())),
+        contributions=count_contributions(start, by_name),
     )
+
+
+def count_contributions(start: Start | None, names: Iterable[str]) -> dict[str, int]:
+    """How many rounds each has contributed to after one more with these names, in order."""
+    counts = Counter(start.contributions if start else {})
+    counts.update(list(names))  # a mapping would be added up by its values
+    return dict(sorted(counts.items()))
 
 
 def check_close(job: Job, close: Close, uploads: Sequence[Upload], path: Path) -> None:

@@ -135,11 +135,10 @@ def _verify_product(job: Job, result: Result, pool: _Pool, work: Work) -> str:
     header, path = result.header, result.path
     check_manifest(job, header, path)
     named = [pool.uploads.get(c.upload) for c in header.contributors]
-    if not any(named) and header.kind == "model":
-        start = _start(result, pool, needed=False)
-        if start:
-            _check_contributions(header, start, path)
     if not any(named):
+        start = _start(result, pool, needed=False) if header.kind == "model" else None
+        if start:
+            _check_succession(header, start, path)
         return _NOT_RECOMPUTED
     absent = [
         c.participant for c, upload in zip(header.contributors, named, strict=True) if not upload
@@ -224,14 +223,11 @@ def check_manifest(job: Job, header: ResultHeader, path: Path) -> None:
         )
 
 
-def _check_contributions(header: ResultHeader, start: Start, path: Path) -> None:
-    """Raise VerificationError unless the counts go on from those of the parent."""
-    expected = dict(start.contributions)
-    for name in header.names:
-        expected[name] = expected.get(name, 0) + 1
-    good = (header.contributions, header.initial) == (expected, start.initial)
-    good = good and header.layout == start.layout
-    if not good or header.round <= start.round:
+def _check_succession(header: ResultHeader, start: Start, path: Path) -> None:
+    """Raise VerificationError unless a manifest goes on from what its model starts from."""
+    found = (header.contributions, header.initial, header.layout)
+    counted = results.count_contributions(start, header.names)
+    if found != (counted, start.initial, start.layout) or header.round <= start.round:
         raise VerificationError(f"{path}: its manifest does not go on from its parent")
 
 
