@@ -23,6 +23,7 @@ from dtl.cli import (
     open_model,
     release_model,
     reveal_masks,
+    simulate,
     split_data,
     terminal,
     verify,
@@ -70,6 +71,7 @@ _add(ANYONE, verify.verify, verify.EXAMPLE)
 _add(ANYONE, split_data.split_data, split_data.EXAMPLE)
 _add(ANYONE, init_model.init_model, init_model.EXAMPLE)
 _add(ANYONE, evaluate.evaluate, evaluate.EXAMPLE)
+_add(ANYONE, simulate.simulate, simulate.EXAMPLE)
 
 
 def _show_version(wanted: bool) -> None:

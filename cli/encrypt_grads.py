@@ -1,6 +1,5 @@
 """`dtl encrypt-grads`: a participant encrypts its gradients."""
 
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +15,7 @@ from dtl.cli.options import (
     Output,
     PassphraseOption,
     QuietOption,
+    RoundingName,
     WorkersOption,
 )
 from dtl.core import defaults
@@ -26,13 +26,6 @@ EXAMPLE = """Example:
 
   dtl encrypt-grads from-pytorch.safetensors --model w1.safetensors --weight 0.25
   --key job/alice.key -o alice.upload"""
-
-
-class RoundingName(StrEnum):
-    """How values are rounded."""
-
-    STOCHASTIC = "stochastic"
-    NEAREST = "nearest"
 
 
 def encrypt_grads(

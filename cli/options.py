@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -65,6 +66,13 @@ ParticipantsOption = Annotated[
         show_default=False,
     ),
 ]
+
+
+class RoundingName(StrEnum):
+    """How values are rounded."""
+
+    STOCHASTIC = "stochastic"
+    NEAREST = "nearest"
 
 
 @dataclass(frozen=True)

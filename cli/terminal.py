@@ -62,12 +62,18 @@ def _plain_text(text: str) -> str:
 
 
 class WarningHandler(logging.Handler):
-    """Prints the warnings that core logs."""
+    """Prints the warnings that core logs, each once a command."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._printed: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one warning."""
         message = escape(_plain_text(record.getMessage()))
-        _errors().print(f"[yellow]dtl: warning:[/] {message}")
+        if message not in self._printed:
+            self._printed.add(message)
+            _errors().print(f"[yellow]dtl: warning:[/] {message}")
 
 
 def set_up_warnings() -> None:

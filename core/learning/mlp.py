@@ -62,13 +62,18 @@ def check_seed(seed: int) -> None:
         raise UsageError(f"--seed: expected 0 to 2^32 - 1, found {seed}")
 
 
+def check_hidden(hidden: Sequence[int]) -> None:
+    """Raise UsageError unless these can be the sizes of hidden layers."""
+    if any(size < 1 for size in hidden):
+        raise UsageError("--hidden: expected layer sizes from 1 on, such as 64,32")
+
+
 def init_model(
     shard: Path, output: Path, hidden: Sequence[int], seed: int = 0, force: bool = False
 ) -> Weights:
     """Write fresh public initial weights for the shape of a shard."""
     check_seed(seed)
-    if any(size < 1 for size in hidden):
-        raise UsageError("--hidden: expected layer sizes from 1 on, such as 64,32")
+    check_hidden(hidden)
     data = load_shard(shard)
     network = _network(data, tuple(hidden), learning_rate_init=_NO_STEP, random_state=seed)
     weights = _single_precision(_weights_of(network))

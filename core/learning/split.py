@@ -32,7 +32,20 @@ class SplitOptions:
 def split_data(
     source: str, folder: Path, options: SplitOptions, force: bool = False
 ) -> dict[str, Shard]:
-    """Write `NAME.npz` for every participant and `test.npz`; returns the shards.
+    """Write `NAME.npz` for every participant and `test.npz`; errors as `make_shards`."""
+    shards = make_shards(source, options)
+    with machine_errors(folder):
+        folder.mkdir(exist_ok=True)
+    paths = {name: folder / f"{name}.npz" for name in shards}
+    for path in paths.values():
+        check_output(path, force)
+    for name, shard in shards.items():
+        save_shard(paths[name], shard, force)
+    return shards
+
+
+def make_shards(source: str, options: SplitOptions) -> dict[str, Shard]:
+    """The shard of every participant, and that of the test.
 
     Features are standardised with the mean and deviation of all training samples. Raises
     UsageError for impossible options, FormatError for a source that cannot be read.
@@ -48,15 +61,7 @@ def split_data(
         raise UsageError(f"--alpha: expected a positive number, found {options.alpha}")
     if options.seed < 0:
         raise UsageError(f"--seed: expected a number from 0 on, found {options.seed}")
-    shards = _split(load_source(source), names, options)
-    with machine_errors(folder):
-        folder.mkdir(exist_ok=True)
-    paths = {name: folder / f"{name}.npz" for name in shards}
-    for path in paths.values():
-        check_output(path, force)
-    for name, shard in shards.items():
-        save_shard(paths[name], shard, force)
-    return shards
+    return _split(load_source(source), names, options)
 
 
 def load_source(source: str) -> Shard:

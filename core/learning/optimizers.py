@@ -1,0 +1,86 @@
+"""Optimisers: one step of the weights along a gradient, or along a sum of contributions.
+
+The parameter server can only subtract what participants send: plain SGD. Momentum (Sutskever
+et al., ICML 2013, equations 1 and 2) and Adam (Kingma and Ba, ICLR 2015, algorithm 1) run at
+the participants, on the gradient sum that the server released; everyone holds the same state.
+"""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from dtl.core.errors import UsageError
+from dtl.core.learning.mlp import Weights
+
+MOMENTUM = 0.9
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+
+
+class Optimizer(Protocol):
+    """Turns gradients into steps; `state` is what it remembers, as named arrays of float64."""
+
+    state: Weights
+
+    def step(self, weights: Weights, gradient: Weights) -> Weights:
+        """Return the weights after one step; the state moves on."""
+        ...
+
+
+@dataclass
+class Sgd:
+    """w <- w - lr g."""
+
+    lr: float
+    state: Weights = field(default_factory=dict)
+
+    def step(self, weights: Weights, gradient: Weights) -> Weights:
+        """Return the weights after one step."""
+        return {name: weights[name] - self.lr * gradient[name] for name in weights}
+
+
+@dataclass
+class Momentum:
+    """v <- 0.9 v + g, w <- w - lr v."""
+
+    lr: float
+    state: Weights = field(default_factory=dict)
+
+    def step(self, weights: Weights, gradient: Weights) -> Weights:
+        """Return the weights after one step; the state holds v."""
+        velocity = self.state or {name: np.zeros_like(array) for name, array in weights.items()}
+        self.state = {name: MOMENTUM * velocity[name] + gradient[name] for name in weights}
+        return {name: weights[name] - self.lr * self.state[name] for name in weights}
+
+
+@dataclass
+class Adam:
+    """Steps of lr, scaled by running means of the gradient and of its square."""
+
+    lr: float
+    state: Weights = field(default_factory=dict)
+
+    def step(self, weights: Weights, gradient: Weights) -> Weights:
+        """Return the weights after one step; the state holds both means and the step count."""
+        held, steps = self.state, float(self.state.get("steps", np.zeros(1))[0]) + 1
+        state, stepped = {"steps": np.array([steps])}, {}
+        for name, array in weights.items():
+            zeros = np.zeros_like(array)
+            mean = BETA_1 * held.get(f"mean.{name}", zeros) + (1 - BETA_1) * gradient[name]
+            square = BETA_2 * held.get(f"square.{name}", zeros) + (1 - BETA_2) * gradient[name] ** 2
+            unbiased = np.sqrt(square / (1 - BETA_2**steps)) + EPSILON
+            stepped[name] = array - self.lr * mean / (1 - BETA_1**steps) / unbiased
+            state |= {f"mean.{name}": mean, f"square.{name}": square}
+        self.state = state
+        return stepped
+
+
+_KINDS: dict[str, type[Sgd | Momentum | Adam]] = {"sgd": Sgd, "momentum": Momentum, "adam": Adam}
+NAMES = tuple(_KINDS)
+
+
+def make_optimizer(name: str, lr: float, state: Weights | None = None) -> Optimizer:
+    """The optimiser of that name; UsageError when there is none."""
+    if name not in _KINDS:
+        raise UsageError(f"--optimizer: expected {', '.join(NAMES)}, found {name}")
+    return _KINDS[name](lr, state or {})

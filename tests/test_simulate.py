@@ -1,0 +1,383 @@
+"""`dtl simulate`: a whole training run, held against independent arithmetic and by hand."""
+
+import json
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dtl.core.errors import UsageError
+from dtl.core.learning import optimizers
+from dtl.core.learning.simulation import options
+from dtl.core.learning.simulation import run as simulation_run
+from dtl.core.learning.simulation.journal import Journal, Step
+from dtl.core.roles import participant
+from tests.helpers import Arrays, Cli
+
+Simulate = Callable[..., Path]
+SMALL = ("--modulus-bits", 512, "--insecure", "--hidden", 6)
+
+
+@pytest.fixture
+def simulate(dtl: Cli, tmp_path: Path, fixed_primes: None) -> Simulate:
+    """Run a simulation at insecure size; returns its folder."""
+
+    def run(source: str, *wanted: object, out: str = "run", code: int = 0) -> Path:
+        folder = tmp_path / out
+        dtl("simulate", source, *SMALL, *wanted, "--out", folder, "--quiet", code=code)
+        return folder
+
+    return run
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "report.json").read_text())
+    return found
+
+
+def file_of(folder: Path, number: int, name: str) -> Path:
+    return folder / "rounds" / f"{number:03}" / name
+
+
+def integers(arrays: Arrays, bits: int = 20) -> dict[str, list[int]]:
+    """Values as plain Python integers, which they must be exactly."""
+    scaled = {name: array.astype(np.float64).ravel() * 2**bits for name, array in arrays.items()}
+    assert all((values == np.rint(values)).all() for values in scaled.values())
+    return {name: [int(value) for value in values] for name, values in scaled.items()}
+
+
+@pytest.mark.parametrize("source", ["digits", "breast_cancer"])
+def test_every_round_is_exact_by_independent_arithmetic(source: str, simulate: Simulate) -> None:
+    folder = simulate(source, "--participants", 4, "--rounds", 3, "--rounding", "nearest")
+    report = report_of(folder)
+    shares = {
+        name: count / sum(report["samples"].values()) for name, count in report["samples"].items()
+    }
+    weights = {
+        name: [round(float(value) * 2**20) for value in array.ravel()]
+        for name, array in load_file(folder / "w0.safetensors").items()
+    }
+    for number in (1, 2, 3):
+        for name, share in shares.items():
+            sent = load_file(file_of(folder, number, f"{name}.grads.safetensors"))
+            for tensor, array in sent.items():
+                for place, value in enumerate(array.ravel()):
+                    weights[tensor][place] -= round(float(value) * share * 2**20)
+        for name in shares:
+            opened = file_of(folder, number, f"{name}.model.safetensors")
+            assert integers(load_file(opened)) == weights
+    assert integers(load_file(folder / "model.safetensors")) == weights
+    assert report["summary"]["rounds_identical_to_twin"] == 3
+    assert report["twin"] == [record["opened"] for record in report["rounds"]]
+
+
+@pytest.mark.parametrize("wanted", [("--lr", 0.05), ("--local-epochs", 0, "--weights", "equal")])
+def test_the_scores_are_those_of_the_models(
+    wanted: tuple[object, ...], simulate: Simulate, dtl: Cli
+) -> None:
+    folder = simulate("digits", "--rounds", 2, "--alpha", 0.5, *wanted)
+    report = report_of(folder)
+    test = folder / "shards" / "test.npz"
+    for model, scores in (
+        (folder / "w0.safetensors", report["scores"][0]),
+        (file_of(folder, 1, "bob.model.safetensors"), report["scores"][1]),
+        (folder / "model.safetensors", report["scores"][2]),
+    ):
+        found = dtl("evaluate", "--model", model, "--data", test, "--json").json
+        assert found["accuracy"] == pytest.approx(scores["encrypted"]["accuracy"])
+        assert found["loss"] == pytest.approx(scores["encrypted"]["loss"])
+    # Training on pooled data is one participant's training by hand.
+    assert report["scores"][2]["central"] != report["scores"][2]["float"]
+    assert set(report["scores"][1]["alone"]) == {"alice", "bob", "carol", "dave", "erin"}
+
+
+def test_the_float_run_is_federated_averaging_by_hand(simulate: Simulate) -> None:
+    """With one step a round on all samples, FedSGD by shares is SGD on the pooled data."""
+    folder = simulate("breast_cancer", "--local-epochs", 0, "--lr", 0.5, "--rounds", 4)
+    for scores in report_of(folder)["scores"]:
+        assert scores["float"]["loss"] == pytest.approx(scores["central"]["loss"], abs=1e-9)
+        assert scores["encrypted"]["loss"] == pytest.approx(scores["float"]["loss"], abs=1e-4)
+
+
+def test_the_commands_of_a_run_do_the_same_by_hand(
+    simulate: Simulate, dtl: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = simulate("digits", "--participants", 4, "--rounds", 4, "--drop", 0.2, "--seed", 14)
+    report = report_of(folder)
+    assert any(record["missing"] for record in report["rounds"])
+    assert not all(record["released"] for record in report["rounds"])
+    by_hand = tmp_path / "by-hand"
+    by_hand.mkdir()
+    monkeypatch.chdir(by_hand)
+    for line in (folder / "commands.sh").read_text().splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["mkdir"]:
+            Path(words[-1]).mkdir(parents=True)
+        elif words[:1] == ["dtl"]:
+            dtl(*words[1:], "--quiet")
+    last = max(record["round"] for record in report["rounds"] if record["released"])
+    (opened, *_) = Path(f"rounds/{last:03}").glob("*.model.safetensors")
+    assert integers(load_file(opened)) == integers(load_file(folder / "model.safetensors"))
+
+
+def test_missing_participants_are_named_and_admitted_once(simulate: Simulate, dtl: Cli) -> None:
+    outcomes = set()
+    for seed, wanted in ((3, "0.3"), (9, "0.3"), (1, "0.25")):
+        folder = simulate(
+            "digits",
+            *("--rounds", 12, "--drop", wanted, "--seed", seed, "--participants", 7),
+            out=f"run-{seed}",
+        )
+        report = report_of(folder)
+        contributed: set[str] = set()
+        admitted: set[str] = set()
+        granted = set(report["options"]["participants"])
+        for record in report["rounds"]:
+            if not record["released"]:
+                assert 3 * (len(record["present"]) - len(record["waiting"])) <= 2 * 7
+                outcomes.add("void")
+                continue
+            able = set(record["present"]) & granted
+            release = file_of(folder, record["round"], "model.release")
+            told = dtl("inspect", release, "--job", folder / "job" / "job.json", "--json").json
+            assert set(told["manifest"]["contributors"]) == set(record["contributors"]) == able
+            assert set(told["manifest"]["missing"]) == set(report["options"]["participants"]) - able
+            contributed |= able
+            granted = set(told["may_open"])
+            assert granted == contributed | set(told["admitted"])
+            assert not admitted & set(told["admitted"]), "admitted a second time"
+            lapsed = admitted - contributed
+            assert not lapsed & granted
+            outcomes |= {"lapsed"} if lapsed else set()
+            admitted |= set(told["admitted"])
+            outcomes |= {"admitted"} if admitted & contributed else set()
+        summary = report["summary"]
+        assert summary["rounds_void"] + summary["rounds_released"] == 12
+        assert report["scores"][-1]["encrypted"]["loss"] < report["scores"][0]["encrypted"]["loss"]
+    assert outcomes == {"void", "admitted", "lapsed"}
+
+
+@pytest.mark.parametrize("after", [0.9, 1.6, 2.3])
+def test_a_killed_run_is_resumed_to_the_same_bytes(after: float, tmp_path: Path) -> None:
+    def command(name: str, *wanted: str) -> list[str]:
+        small = ["--modulus-bits", "512", "--insecure", "--hidden", "4", "--participants", "4"]
+        drop = ["--rounds", "5", "--drop", "0.15", "--seed", "5", "--quiet"]
+        start = ["digits", *small, *drop] if not wanted else list(wanted)
+        code = "import sys; from dtl.cli.app import main; sys.argv[0] = 'dtl'; main()"
+        return [sys.executable, "-c", code, "simulate", *start, "--out", str(tmp_path / name)]
+
+    subprocess.run(command("whole"), check=True, capture_output=True)
+    process = subprocess.Popen(command("killed"), stderr=subprocess.DEVNULL)
+    time.sleep(after)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    if not (tmp_path / "killed").exists():  # killed before there was anything to resume
+        subprocess.run(command("killed"), check=True, capture_output=True)
+    subprocess.run(command("killed", "--resume", "-q"), check=True, capture_output=True)
+    models = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed")]
+    assert models[0] == models[1]
+    whole, killed = (report_of(tmp_path / name) for name in ("whole", "killed"))
+    opened = [[record["opened"] for record in report["rounds"]] for report in (whole, killed)]
+    assert opened[0] == opened[1]
+    assert whole["scores"] == killed["scores"]
+    assert [(s["party"], s["step"]) for s in whole["steps"]] == [
+        (s["party"], s["step"]) for s in killed["steps"]
+    ]
+
+
+@pytest.mark.parametrize("noted", [True, False])
+def test_any_step_can_be_the_last_one_done(
+    noted: bool, simulate: Simulate, dtl: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped after each step in turn, noted or not yet, a run goes on to the same model."""
+    wanted = ("--participants", 4, "--rounds", 4, "--drop", 0.2, "--seed", 14)
+    whole = (simulate("digits", *wanted) / "model.safetensors").read_bytes()
+    folder = simulate("digits", *wanted, "--rounds", 1, out="stopped")
+    note = Journal._note
+    stopped: set[tuple[int, str, str]] = set()
+
+    def stop_once(journal: Journal, step: Step) -> None:
+        place = (step.round, step.party, step.step)
+        new = place not in stopped | journal._known
+        if noted or not new:
+            note(journal, step)
+        if new:
+            stopped.add(place)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "_note", stop_once)
+    while True:
+        try:
+            dtl("simulate", "--resume", "--rounds", 4, "--out", folder, "--quiet")
+            break
+        except KeyboardInterrupt:
+            continue
+    steps = {step for _, _, step in stopped}
+    assert steps >= {"encrypt-grads", "close-round", "reveal-masks", "aggregate", "release-model"}
+    assert (folder / "model.safetensors").read_bytes() == whole
+
+
+def test_a_run_can_have_more_rounds_later(simulate: Simulate, dtl: Cli) -> None:
+    whole = simulate("digits", "--rounds", 4, "--participants", 3)
+    shorter = simulate("digits", "--rounds", 2, "--participants", 3, out="shorter")
+    dtl("simulate", "digits", "--resume", "--rounds", 4, "--out", shorter, "--quiet")
+    both = [(folder / "model.safetensors").read_bytes() for folder in (whole, shorter)]
+    assert both[0] == both[1]
+    error = dtl("simulate", "--resume", "--rounds", 3, "--out", shorter, code=2).err
+    assert "--rounds: the run in" in error
+    dtl("simulate", "--resume", "--alpha", 0.5, "--out", shorter, code=2)
+    dtl("simulate", "breast_cancer", "--resume", "--out", shorter, code=2)
+    dtl("simulate", "digits", "--out", shorter, code=2)
+
+
+@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_participants_keep_the_model_and_the_server_adds_up(
+    optimizer: str, epochs: int, simulate: Simulate, dtl: Cli
+) -> None:
+    wanted = ("--optimizer", optimizer, "--local-epochs", epochs, "--lr", 0.02, "--rounds", 3)
+    folder = simulate("digits", *wanted, "--participants", 3)
+    report = report_of(folder)
+    assert report["summary"]["rounds_identical_to_twin"] == 3
+    told = dtl("inspect", file_of(folder, 2, "sum.enc"), "--json").json
+    assert told["file"] == "sum"
+    assert not list(folder.glob("rounds/*/model.enc"))
+    weights = {n: a.astype(np.float64) for n, a in load_file(folder / "w0.safetensors").items()}
+    first: Arrays = {name: np.zeros_like(array) for name, array in weights.items()}
+    second: Arrays = {name: np.zeros_like(array) for name, array in weights.items()}
+    for number in (1, 2, 3):
+        total = load_file(file_of(folder, number, "carol.sum.safetensors"))
+        for name, array in total.items():
+            g = array.astype(np.float64)
+            if optimizer == "momentum":
+                first[name] = 0.9 * first[name] + g
+                step = 0.02 * first[name]
+            else:
+                first[name] = 0.9 * first[name] + 0.1 * g
+                second[name] = 0.999 * second[name] + 0.001 * g * g
+                m, v = first[name] / (1 - 0.9**number), second[name] / (1 - 0.999**number)
+                step = 0.02 * m / (np.sqrt(v) + 1e-8)
+            weights[name] = (weights[name] - step).astype(np.float32).astype(np.float64)
+        for party in ("alice", "carol"):
+            kept = load_file(file_of(folder, number, f"{party}.model.safetensors"))
+            assert all(np.allclose(kept[n], weights[n], atol=1e-6) for n in weights)
+            weights = {n: a.astype(np.float64) for n, a in kept.items()}
+
+
+@pytest.mark.parametrize("name", ["momentum", "adam"])
+def test_optimisers_agree_with_pytorch(name: str) -> None:
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    generator = np.random.default_rng(3)
+    start, gradients = generator.normal(size=5), generator.normal(size=(6, 5))
+    parameter = torch.nn.Parameter(torch.tensor(start))
+    made = {
+        "momentum": lambda: torch.optim.SGD([parameter], lr=0.1, momentum=0.9),
+        "adam": lambda: torch.optim.Adam([parameter], lr=0.1),
+    }[name]()
+    own, weights = optimizers.make_optimizer(name, 0.1), {"w": start}
+    for gradient in gradients:
+        parameter.grad = torch.tensor(gradient)
+        made.step()
+        weights = own.step(weights, {"w": gradient})
+        assert np.allclose(weights["w"], parameter.detach().numpy(), atol=1e-12)
+
+
+def test_training_out_of_range_stops_at_open_model(simulate: Simulate, dtl: Cli) -> None:
+    folder = simulate(
+        "digits",
+        "--participants",
+        3,
+        "--slot-bits",
+        10,
+        "--fraction-bits",
+        8,
+        "--rounds",
+        30,
+        *("--lr", 0.3),
+        code=7,
+    )
+    released = sorted(folder.glob("rounds/*/model.release"))
+    assert released
+    last = released[-1].parent
+    assert not list(last.glob("*.model.safetensors")), "no wrong model is ever written"
+    assert not (folder / "report.html").exists()
+    command = ("open-model", released[-1], "--key", folder / "job" / "alice.key")
+    error = dtl(*command, "-o", folder / "x.safetensors", code=7).err
+    assert "headroom exhausted" in error
+    assert "--slot-bits" in error
+    assert "--fraction-bits" in error
+    assert not (folder / "x.safetensors").exists()
+    dtl("simulate", "--resume", "--out", folder, code=7)
+
+
+def test_a_model_that_is_not_the_twins_is_an_error(
+    simulate: Simulate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = participant.encrypt_gradients
+
+    def another_share(key: Any, grads: Any, out: Any, wanted: Any, **rest: Any) -> Any:
+        changed = type(wanted)(**{**vars(wanted), "weight": wanted.weight * 1.001})
+        return original(key, grads, out, changed, **rest)
+
+    monkeypatch.setattr(participant, "encrypt_gradients", another_share)
+    folder = simulate("digits", "--participants", 3, "--rounds", 2, code=4)
+    assert not (folder / "report.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "code"),
+    [
+        (("--rounds", 0), 2),
+        (("--drop", 1), 2),
+        (("--drop", 0.1, "--optimizer", "adam"), 2),
+        (("--lr", 0), 2),
+        (("--local-lr", 0.1), 2),
+        (("--optimizer", "adam", "--local-epochs", 0, "--local-lr", 0.1), 2),
+        (("--optimizer", "lion"), 2),
+        (("--participants", 2), 2),
+        (("--participants", "alice,bob,alice"), 2),
+        (("--participants", "alice,test,carol"), 2),
+        (("--participants", 0), 2),
+        (("--hidden", "x"), 2),
+        (("--hidden", "0"), 2),
+        (("--seed", -1), 2),
+        (("--batch-size", 0), 2),
+        (("--test", 2), 2),
+        (("--alpha", -1), 2),
+        (("--slot-bits", 99), 2),
+    ],
+)
+def test_impossible_simulations(wanted: tuple[object, ...], code: int, simulate: Simulate) -> None:
+    assert not simulate("digits", *wanted, code=code).exists()
+
+
+def test_odd_folders(simulate: Simulate, dtl: Cli, tmp_path: Path) -> None:
+    dtl("simulate", "--out", tmp_path / "x", code=2)
+    dtl("simulate", "--resume", "--out", tmp_path / "x", code=2)
+    dtl("simulate", "nowhere.csv", "--out", tmp_path / "x", code=2)
+    assert not (tmp_path / "x").exists()
+    folder = simulate("digits", "--participants", 3, "--rounds", 1)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    with simulation_run._only_one(folder):
+        error = dtl("simulate", "--resume", "--out", folder, code=5).err
+    assert "running there already" in error
+    (folder / "simulation.json").write_text("{}")
+    dtl("simulate", "--resume", "--out", folder, code=3)
+
+
+def test_names_for_a_number_of_participants() -> None:
+    assert options.participant_names("3") == ("alice", "bob", "carol")
+    assert options.participant_names("b, a") == ("b", "a")
+    many = options.participant_names("120")
+    assert many[:2] == ("p001", "p002")
+    assert list(many) == sorted(set(many))
+    with pytest.raises(UsageError):
+        optimizers.make_optimizer("lion", 0.1)
