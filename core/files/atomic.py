@@ -56,15 +56,12 @@ class AtomicOutput:
 
     def __init__(self, path: Path, force: bool = False, mode: int = PUBLIC_MODE) -> None:
         self.path = path
-        self._force = force
+        self.descriptor = -1
+        self._force, self._mode = force, mode
         self._sealed = self._keep = False
         check_output(path, force)
         _remove_leftovers(path)
         self._temporary = _temporary_name(path)
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with machine_errors(path):
-            self.descriptor = os.open(self._temporary, flags, mode)
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX)
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
@@ -127,6 +124,15 @@ class AtomicOutput:
             self.descriptor = -1
 
     def __enter__(self) -> Self:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            with machine_errors(self.path):
+                self.descriptor = os.open(self._temporary, flags, self._mode)
+                fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+        except BaseException:  # an interruption too
+            self._temporary.unlink(missing_ok=True)
+            self._close()
+            raise
         return self
 
     def __exit__(

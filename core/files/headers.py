@@ -58,9 +58,16 @@ def check_layout(layout: Layout, what: str) -> int:
     return total
 
 
-def same_shapes(left: Layout, right: Layout) -> bool:
-    """Whether two layouts agree on names and shapes (their dtypes may differ)."""
-    return [(s.name, s.shape) for s in left] == [(s.name, s.shape) for s in right]
+def check_same_shapes(found: Layout, expected: Layout, what: object, of: object) -> None:
+    """Raise FormatError unless two layouts agree on names and shapes (their dtypes may differ)."""
+    here, there = ({s.name: s.shape for s in layout} for layout in (found, expected))
+    if here == there:
+        return
+    problem = f"{what}: its tensors are not those of {of}"
+    differing = sorted({*here, *there}, key=lambda name: (here.get(name) == there.get(name), name))
+    name = differing[0]
+    shapes = [str(list(shapes[name])) if name in shapes else "none" for shapes in (there, here)]
+    raise FormatError(f"{problem}: {name!r}: expected {shapes[0]}, found {shapes[1]}")
 
 
 class Header(Document):

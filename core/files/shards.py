@@ -17,7 +17,7 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dtl.core.errors import DtlError, FormatError
-from dtl.core.files.atomic import open_regular, write_file
+from dtl.core.files.atomic import PRIVATE_MODE, open_regular, write_file
 
 MIN_CLASSES = 2
 
@@ -103,4 +103,4 @@ def save_shard(path: Path, shard: Shard, force: bool) -> None:
     """Write a shard."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x=shard.x, y=shard.y, classes=shard.classes)
-    write_file(path, buffer.getvalue(), force)
+    write_file(path, buffer.getvalue(), force, PRIVATE_MODE)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from dtl.core.encoding.fixed_point import Reals
 from dtl.core.errors import UsageError
-from dtl.core.files.atomic import AtomicOutput
+from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput
 from dtl.core.files.headers import Layout, TensorSpec
 from dtl.core.files.safetensors import build_header
 from dtl.core.files.tensors import (
@@ -146,11 +146,12 @@ def write_arrays(
     dtype: str,
     metadata: PlainMetadata | None,
     force: bool = False,
+    mode: int = PRIVATE_MODE,
 ) -> None:
     """Write arrays to a plain file, all in one dtype."""
     check_suffix(path)
     layout = make_layout(arrays, dtype)
-    with AtomicOutput(path, force) as output:
+    with AtomicOutput(path, force, mode) as output:
         with TensorWriter(output, layout, metadata) as writer:
             for spec in layout:
                 writer.write(arrays[spec.name].ravel())

@@ -268,6 +268,11 @@ class _NpzTensors:
 
     def _read(self) -> None:
         names = [name.removesuffix(".npy") for name in self._zip.namelist()]
+        if any(name.endswith("/data.pkl") for name in names):
+            raise FormatError(
+                f"{self.path}: expected .safetensors or .npz, found a pickle that torch.save wrote",
+                "save it with safetensors.torch.save_file; dtl never unpickles",
+            )
         if len(set(names)) != len(names):
             raise FormatError(f"{self.path}: two arrays have one name")
         self.metadata = None
@@ -360,7 +365,8 @@ def _make_layout(specs: Sequence[tuple[str, tuple[int, ...], str]], path: Path) 
         if dtype not in NUMPY_DTYPES:
             raise FormatError(
                 f"{path}: tensor {name!r}: expected float16, bfloat16, float32 or float64 "
-                f"(little-endian), found {dtype}"
+                f"(little-endian), found {dtype}",
+                "leave out what is not trained, such as counters of batch normalisation",
             )
     ordered = sorted(specs, key=lambda item: item[0].encode("utf-8", "surrogatepass"))
     layout = tuple(

@@ -18,6 +18,7 @@ from sklearn.neural_network import MLPClassifier
 
 from dtl.core import defaults
 from dtl.core.errors import FormatError, NumericError, UsageError
+from dtl.core.files.atomic import PUBLIC_MODE
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensor_writer import write_arrays
@@ -79,7 +80,7 @@ def init_model(
     weights = _single_precision(_weights_of(network))
     digest = make_initial_digest(weights, DTYPE)
     metadata = PlainMetadata(format=FORMAT, kind="weights", round=0, base=digest, opened=digest)
-    write_arrays(output, weights, DTYPE, metadata, force)
+    write_arrays(output, weights, DTYPE, metadata, force, PUBLIC_MODE)
     return weights
 
 
@@ -208,7 +209,7 @@ def _hidden_of(weights: Weights, data: Shard, what: str) -> tuple[int, ...]:
     if not layers or sizes[-1] != outputs or shapes != {n: a.shape for n, a in weights.items()}:
         raise FormatError(
             f"{what}: expected an MLP from {sizes[0]} features to {outputs} outputs",
-            "make one with dtl init-model --data SHARD",
+            "this command knows only the networks that dtl init-model --data SHARD makes",
         )
     return tuple(sizes[1:-1])
 

@@ -18,7 +18,13 @@ from dtl.core.files import tensors
 from dtl.core.files.closing import Close, Reveal
 from dtl.core.files.container import RESIDUES, Container, Rows
 from dtl.core.files.documents import SERVER, Job
-from dtl.core.files.headers import Contribution, Layout, ResultHeader, read_header, same_shapes
+from dtl.core.files.headers import (
+    Contribution,
+    Layout,
+    ResultHeader,
+    check_same_shapes,
+    read_header,
+)
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import Work
 from dtl.core.public.uploads import Upload, read_groups, short, spans
@@ -108,8 +114,7 @@ def check_base(upload: Upload, start: Start) -> None:
         raise FormatError(
             f"{upload.path}: made for round {header.round}, but the model is of round {start.round}"
         )
-    if not same_shapes(header.layout, start.layout):
-        raise FormatError(f"{upload.path}: its tensors are not those of the model")
+    check_same_shapes(header.layout, start.layout, upload.path, "the model")
 
 
 def check_quorum(job: Job, found: int, what: str, missing: Sequence[str]) -> None:

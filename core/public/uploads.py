@@ -17,7 +17,7 @@ from dtl.core.crypto.residues import Bytes, to_integers
 from dtl.core.errors import FormatError, NotAllowedError, VerificationError
 from dtl.core.files.container import PROOF, RESIDUES, Container, Rows
 from dtl.core.files.documents import Job
-from dtl.core.files.headers import UploadHeader, read_header, same_shapes
+from dtl.core.files.headers import UploadHeader, check_same_shapes, read_header
 from dtl.core.parallel import Work, default_workers
 
 MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1536  # groups a task; many make the buckets cheap
@@ -128,8 +128,7 @@ def check_same(upload: Upload, other: Upload) -> None:
                 f"{upload.path}: made for another {what} than {other.path}: "
                 f"expected {short(expected)}, found {short(found)}"
             )
-    if not same_shapes(mine.layout, theirs.layout):
-        raise FormatError(f"{upload.path}: its tensors are not those of {other.path}")
+    check_same_shapes(mine.layout, theirs.layout, upload.path, other.path)
 
 
 def check_only(upload: Upload, others: Iterable[Upload]) -> None:

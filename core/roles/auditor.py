@@ -18,7 +18,7 @@ from dtl.core.crypto.residues import Bytes
 from dtl.core.encoding.fixed_point import Integers
 from dtl.core.errors import DtlError, FormatError, UsageError, VerificationError
 from dtl.core.files import tensors
-from dtl.core.files.atomic import AtomicOutput, check_output, read_start
+from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, check_output, read_start
 from dtl.core.files.closing import Reveal, kind_of
 from dtl.core.files.container import PROOF, RESIDUES, Container, Rows, is_container
 from dtl.core.files.documents import KGC, Job, Key, KgcSecrets, participant_half, server_half
@@ -209,7 +209,7 @@ class _Auditor:
             malformed = self._measure(subject, values, None)
         else:
             metadata = self._metadata(subject, secrets.token_hex(64))
-            with AtomicOutput(plaintext, force) as output:
+            with AtomicOutput(plaintext, force, PRIVATE_MODE) as output:
                 with TensorWriter(output, header.layout, metadata) as writer:
                     malformed = self._measure(subject, values, writer)
                     if not values.undecodable:

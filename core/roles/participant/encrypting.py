@@ -25,9 +25,9 @@ from dtl.core.files.container import PROOF, RESIDUES, Container, ContainerWriter
 from dtl.core.files.documents import Job, Key
 from dtl.core.files.headers import (
     UploadHeader,
+    check_same_shapes,
     now,
     read_header,
-    same_shapes,
 )
 from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
@@ -99,6 +99,13 @@ def encrypt_gradients(
         for _ in encoded.batches(work.progress):
             pass
         clamped = encoded.clamped
+        if clamped:
+            logger.warning(
+                "%d of %d values were clamped: a contribution stays within +-%g in this job",
+                clamped,
+                header.values,
+                job.fixed_point.max_step / job.fixed_point.one,
+            )
         with Ledger(key) as ledger:
             done = _check_only_upload(ledger, basis, options.accept_differencing)
             if done is not None:
@@ -108,6 +115,7 @@ def encrypt_gradients(
                         "send that same file again, or go on with the next round",
                     )
                 return UploadReport(_written_header(output), done, None)
+            _check_not_resaved(ledger, basis, options)
             _remove_unrecorded(key, ledger, output)
             blocks = _Blocks(job, encoded, mask_keys(key, basis))
             with AtomicOutput(output, force) as file:
@@ -160,6 +168,21 @@ def _written_header(path: Path) -> UploadHeader:
     return header
 
 
+def _check_not_resaved(ledger: Ledger, basis: Basis, options: UploadOptions) -> None:
+    """Raise UsageError for initial weights after models were opened, unless --round is given.
+
+    A program that saves an opened model again drops what dtl wrote into it.
+    """
+    opened = [entry.round for entry in ledger.find(OpenEntry)]
+    if opened and options.round is None and basis.base and basis.base == basis.opened:
+        raise UsageError(
+            f"the gradients are based on initial weights, but this key has opened round "
+            f"{max(opened)} already",
+            "a model that another program saved again counts as initial weights: name the file "
+            "that open-model wrote with --model; --round N says that initial weights are meant",
+        )
+
+
 def _scale(job: Job, options: UploadOptions) -> float:
     weight = 1 / len(job.participants) if options.weight is None else options.weight
     scale = weight * options.lr
@@ -178,8 +201,7 @@ def _basis(source: TensorFile, options: UploadOptions) -> Basis:
         model = tensors.open_tensors(options.model)
         try:
             named = tensors.weights_metadata(model)
-            if not same_shapes(source.layout, model.layout):
-                raise FormatError(f"{source.path}: its tensors are not those of {options.model}")
+            check_same_shapes(source.layout, model.layout, source.path, options.model)
         finally:
             model.close()
         if known is not None and known.base != named.base:

@@ -17,7 +17,7 @@ from dtl.core.errors import (
     VerificationError,
 )
 from dtl.core.files import sealed
-from dtl.core.files.atomic import AtomicOutput, check_output
+from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, check_output
 from dtl.core.files.documents import Key, ParticipantSecrets
 from dtl.core.files.headers import (
     Grant,
@@ -71,7 +71,7 @@ def open_release(
             for _ in sealed.open_stream(container, encryption_key, core, length):
                 pass
             payload = sealed.open_stream(container, encryption_key, core, length)
-            with AtomicOutput(output, force) as file:
+            with AtomicOutput(output, force, PRIVATE_MODE) as file:
                 opened = _decode(key, header, payload, file, release, work)
                 known = ledger.find(OpenEntry, result=header.of)
                 if known and known[0].opened != opened:
