@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bits clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -22,6 +22,9 @@ check: $(VENV)/.dev .links
 
 bench: $(VENV)/.test
 	$(BIN)/python tests/bench.py
+
+bits: $(VENV)/.test
+	$(BIN)/python tests/bits.py
 
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,8 @@ def environment() -> dict[str, str]:
 @pytest.mark.full
 def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert shutil.which("dtl", path=environment()["PATH"])
-    tour = [block for block in shell_blocks() if block.lstrip().startswith(("dtl", "for"))]
+    blocks = [block for block in shell_blocks() if block.lstrip().startswith(("dtl", "for"))]
+    tour = [block for block in blocks if "simulate" not in block]
     assert len(tour) == 4
     done = subprocess.run(
         ["sh", "-eux"],
@@ -51,6 +53,20 @@ def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert re.search(r"^rounds recomputed +2 *$", done.stdout, re.M)
     verdicts = re.findall(r"^verdict +(\w+)", done.stdout, re.M)
     assert verdicts == ["good"] * 5
+
+
+@pytest.mark.full
+def test_the_simulation_runs_as_it_stands_but_shorter(tmp_path: Path) -> None:
+    (command,) = [block for block in shell_blocks() if block.startswith("dtl simulate")]
+    subprocess.run(
+        shlex.split(command.replace("--rounds 30", "--rounds 2")),
+        cwd=tmp_path,
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
+    for name in re.findall(r"`run/([\w.]+)`", README):
+        assert (tmp_path / "run" / name).is_file(), name
 
 
 def test_the_two_commands_are_make_targets() -> None:
