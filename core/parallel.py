@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
-from dtl.core.crypto.residues import NATIVE, kernel_name
 from dtl.core.errors import DtlError
 from dtl.core.progress import ProgressCallback, silent
 
@@ -58,8 +57,11 @@ class Work:
         that the function spends its time in batch arithmetic. An exception of the function
         is raised here.
         """
+        from dtl.core.crypto.residues import NATIVE, kernel_name  # noqa: PLC0415  (needs numpy)
+
         workers = self.workers or default_workers()
         threads = kernel and kernel_name() == NATIVE
+        results: Iterator[Result]
         if workers == 1 or total < (2 if threads else serial_below):
             results = (function(*task) for task in tasks)
         elif threads:

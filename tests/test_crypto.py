@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from phe.paillier import PaillierPrivateKey, PaillierPublicKey
 
 from dtl.core.crypto import group, primes, primitives, residues, scheme
-from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
 from dtl.core.crypto.arithmetic import best_comb
+from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
 from dtl.core.crypto.residues import Bytes
 from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from tests.helpers import PRIMES

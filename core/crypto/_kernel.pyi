@@ -1,5 +1,8 @@
 # The native kernel; sizes are checked there, what the arguments mean stands in _ifma.h.
-from typing_extensions import Buffer
+import numpy as np
+from numpy.typing import NDArray
+
+Buffer = bytes | NDArray[np.uint8]
 
 MIN_WIDTH: int
 MAX_WIDTH: int

@@ -14,11 +14,12 @@ from dtl.core.crypto.arithmetic import (
     from_integers,
     to_integers,
 )
-from dtl.core.crypto.portable import PaillierArithmetic, is_prime, power, remainders
+from dtl.core.crypto.portable import LIBRARY, PaillierArithmetic, is_prime, power, remainders
 from dtl.core.errors import UsageError
 
 __all__ = [
     "GMPY2",
+    "LIBRARY",
     "NATIVE",
     "Arithmetic",
     "Bytes",
