@@ -159,9 +159,7 @@ def test_both_back_ends_agree(data: st.DataObject) -> None:
                 arithmetic.add_blocks(x, m),
                 arithmetic.subtract_blocks(x, m),
                 arithmetic.shared_base_powers(x, exponents),
-                arithmetic.weighted_products(
-                    x.reshape(count, 1, ours.width), weights.reshape(count, 4)
-                ),
+                arithmetic.weighted_products(cube, weights),
                 table.powers(drawn.reshape(count, 12)),
             )
         ]

@@ -245,9 +245,78 @@ IFMA static void multiply(const ifma_modulus *mod, vec *out, const vec *x, const
     carry(out + limbs, second + limbs, limbs);
 }
 
+/* out = 2x in limbs of 52 bits; it must fit. */
+INLINE void twice(vec *out, const vec *x, size_t limbs)
+{
+    const vec mask = _mm512_set1_epi64((long long)LIMB);
+    vec up = _mm512_setzero_si512();
+    for (size_t i = 0; i < limbs; i++) {
+        vec s = _mm512_or_si512(_mm512_slli_epi64(x[i], 1), up);
+        out[i] = _mm512_and_si512(s, mask);
+        up = _mm512_srli_epi64(s, BITS);
+    }
+}
+
+/* acc += the four rows x[0..3] times the `limbs` limbs of y. */
+INLINE void product_rows(vec *acc, const vec x[ROWS], const vec *y, size_t limbs)
+{
+    vec s[ROWS];
+    get(s, acc);
+    head(s, x, y);
+    put(acc, s);
+    for (size_t k = ROWS; k < limbs; k += ROWS) {
+        get(s, acc + k);
+        middle(s, x, y + k);
+        put(acc + k, s);
+    }
+    get(s, acc + limbs);
+    tail(s, x, y + limbs);
+    put(acc + limbs, s);
+}
+
+/* acc += the square of the four limbs x[0..3]: at most 4 low and 4 high halves a column. */
+INLINE void square_corner(vec *acc, const vec x[ROWS])
+{
+    UNROLL for (int r = 0; r < ROWS; r++)
+        UNROLL for (int q = r; q < ROWS; q++) {
+            vec low = LO(acc[r + q], x[r], x[q]);
+            vec high = HI(acc[r + q + 1], x[r], x[q]);
+            acc[r + q] = q == r ? low : LO(low, x[r], x[q]);
+            acc[r + q + 1] = q == r ? high : HI(high, x[r], x[q]);
+        }
+}
+
+/* out = x x / R. Of a a every product of different limbs is computed once, with 2a; 2 a b is
+ * a times 2b. */
 IFMA static void square(const ifma_modulus *mod, vec *out, const vec *x, vec *scratch)
 {
-    multiply(mod, out, x, x, scratch);
+    const size_t limbs = mod->limbs;
+    const vec *a = x, *b = x + limbs;
+    const vec even = _mm512_set1_epi64((long long)(LIMB - 1));
+    vec *first = scratch, *second = scratch + 2 * limbs;
+    vec *a2 = scratch + 4 * limbs, *b2 = scratch + 5 * limbs;
+    vec rows[ROWS], m[ROWS], unused[ROWS];
+    const vec *const none[2] = {NULL, NULL};
+
+    start(mod, first, second);
+    twice(a2, a, limbs);
+    twice(b2, b, limbs);
+    for (size_t i = 0; i < limbs; i += ROWS) {
+        const size_t above = i + ROWS;
+        get(rows, a + i);
+        square_corner(first + 2 * i, rows);
+        if (above < limbs) {
+            /* Limbs of 2 (a_above + ...): without the bit that 2 a_(above-1) carried. */
+            a2[above] = _mm512_and_si512(a2[above], even);
+            product_rows(first + i + above, rows, a2 + above, limbs - above);
+        }
+        reduce_rows(mod, first + i, 0, none, none, m);
+        fold(second + i, m);
+        reduce_rows(mod, second + i, 1, (const vec *const[2]){a + i}, (const vec *const[2]){b2},
+                    unused);
+    }
+    carry(out, first + limbs, limbs);
+    carry(out + limbs, second + limbs, limbs);
 }
 
 /* The a-halves alone, modulo N: out = a c / R. */
@@ -342,24 +411,14 @@ IFMA static void canonical(const ifma_modulus *mod, vec *x, vec *scratch)
 IFMA static void number(const ifma_modulus *mod, vec *out, const vec *x, vec *acc)
 {
     const size_t limbs = mod->limbs;
-    const vec *b = x + limbs, *n = mod->n;
-    vec s[ROWS], rows[ROWS];
+    const vec *b = x + limbs;
+    vec rows[ROWS];
 
     start(mod, acc, acc + 2 * limbs);
     memcpy(acc, x, limbs * sizeof(vec));
     for (size_t i = 0; i < limbs; i += ROWS) {
         get(rows, b + i);
-        get(s, acc + i);
-        head(s, rows, n);
-        put(acc + i, s);
-        for (size_t k = ROWS; k < limbs; k += ROWS) {
-            get(s, acc + i + k);
-            middle(s, rows, n + k);
-            put(acc + i + k, s);
-        }
-        get(s, acc + i + limbs);
-        tail(s, rows, n + limbs);
-        put(acc + i + limbs, s);
+        product_rows(acc + i, rows, mod->n, limbs);
     }
     carry(out, acc, 2 * limbs);
 }
