@@ -150,45 +150,41 @@ INLINE void put(vec *to, const vec s[ROWS])
         to[q] = s[q];
 }
 
-/* acc += x[0..3] y for each of `products` (x, y), and four steps of the reduction: the digits
- * m[0..3] that make the four lowest columns divisible by 2^208. Their carry goes up. */
-INLINE void reduce_rows(const ifma_modulus *mod, vec *acc, int products, const vec *const x[2],
-                        const vec *const y[2], vec m[ROWS])
+/* Four steps of a reduction: the digits m[0..3] that make the four lowest columns divisible by
+ * 2^208, and what goes up from there. Columns may be negative, so shifts keep the sign. */
+INLINE void digits(const ifma_modulus *mod, vec *acc, vec m[ROWS])
 {
-    const size_t limbs = mod->limbs;
     const vec *n = mod->n;
     const vec inverse = _mm512_set1_epi64((long long)mod->inverse);
-    vec s[ROWS], rows[2][ROWS];
+    vec s[ROWS];
 
     get(s, acc);
-    UNROLL for (int p = 0; p < products; p++) {
-        get(rows[p], x[p]);
-        head(s, rows[p], y[p]);
-    }
     UNROLL for (int r = 0; r < ROWS; r++) {
         m[r] = LO(_mm512_setzero_si512(), s[r], inverse);
         s[r] = LO(s[r], m[r], n[0]);
-        vec carry = _mm512_srli_epi64(s[r], BITS);
+        vec up = _mm512_srai_epi64(s[r], BITS);
         if (r + 1 < ROWS)
-            s[r + 1] = _mm512_add_epi64(s[r + 1], carry);
+            s[r + 1] = _mm512_add_epi64(s[r + 1], up);
         else
-            acc[ROWS] = _mm512_add_epi64(acc[ROWS], carry);
+            acc[ROWS] = _mm512_add_epi64(acc[ROWS], up);
         UNROLL for (int q = r + 1; q < ROWS; q++) {
             s[q] = LO(s[q], m[r], n[q - r]);
             s[q] = HI(s[q], m[r], n[q - r - 1]);
         }
     }
+}
+
+/* acc += x[0..3] y but for the four lowest columns. */
+INLINE void rows_above(vec *acc, const vec x[ROWS], const vec *y, size_t limbs)
+{
+    vec s[ROWS];
     for (size_t k = ROWS; k < limbs; k += ROWS) {
         get(s, acc + k);
-        UNROLL for (int p = 0; p < products; p++)
-            middle(s, rows[p], y[p] + k);
-        middle(s, m, n + k);
+        middle(s, x, y + k);
         put(acc + k, s);
     }
     get(s, acc + limbs);
-    UNROLL for (int p = 0; p < products; p++)
-        tail(s, rows[p], y[p] + limbs);
-    tail(s, m, n + limbs);
+    tail(s, x, y + limbs);
     put(acc + limbs, s);
 }
 
@@ -200,29 +196,105 @@ INLINE void carry(vec *out, const vec *acc, size_t limbs)
     for (size_t i = 0; i < limbs; i++) {
         vec s = _mm512_add_epi64(acc[i], up);
         out[i] = _mm512_and_si512(s, mask);
+        up = _mm512_srai_epi64(s, BITS);
+    }
+}
+
+/* acc += x[0..3] y. */
+INLINE void product_rows(vec *acc, const vec x[ROWS], const vec *y, size_t limbs)
+{
+    vec s[ROWS];
+    get(s, acc);
+    head(s, x, y);
+    put(acc, s);
+    rows_above(acc, x, y, limbs);
+}
+
+/* acc[0, 2 limbs) += x y. */
+INLINE void product_of(vec *acc, const vec *x, const vec *y, size_t limbs)
+{
+    vec rows[ROWS];
+    for (size_t i = 0; i < limbs; i += ROWS) {
+        get(rows, x + i);
+        product_rows(acc + i, rows, y, limbs);
+    }
+}
+
+/* out = the low part of x and the high part, added up: `high` limbs. */
+INLINE void add_parts(vec *out, const vec *x, size_t low, size_t high)
+{
+    const vec mask = _mm512_set1_epi64((long long)LIMB);
+    vec up = _mm512_setzero_si512();
+    for (size_t i = 0; i < high; i++) {
+        vec s = _mm512_add_epi64(x[low + i], up);
+        if (i < low)
+            s = _mm512_add_epi64(s, x[i]);
+        out[i] = _mm512_and_si512(s, mask);
         up = _mm512_srli_epi64(s, BITS);
     }
 }
 
-/* --- pairs: two times L limbs, a and then b -------------------------------------------------*/
+enum { KARATSUBA_LIMBS = 56 };
 
-/* Fold the digits of -m, four limbs of the first reduction, into the second. */
-INLINE void fold(vec *acc, const vec m[ROWS])
+INLINE size_t low_part(size_t limbs)
 {
-    const vec mask = _mm512_set1_epi64((long long)LIMB);
-    UNROLL for (int r = 0; r < ROWS; r++)
-        acc[r] = _mm512_add_epi64(acc[r], _mm512_sub_epi64(mask, m[r]));
+    return (limbs - 1) / 2 / ROWS * ROWS;
 }
 
-INLINE void start(const ifma_modulus *mod, vec *first, vec *second)
+/* acc, all zero, = x[0] y[0] (+ x[1] y[1]), by Karatsuba: sx and sy are the parts added up. */
+INLINE void karatsuba(vec *acc, int products, const vec *const x[2], const vec *const y[2],
+                      const vec *const sx[2], const vec *const sy[2], vec *mid, size_t limbs)
+{
+    const size_t low = low_part(limbs), high = limbs - low;
+    memset(mid, 0, 2 * high * sizeof(vec));
+    for (int p = 0; p < products; p++) {
+        product_of(acc, x[p], y[p], low);
+        product_of(acc + 2 * low, x[p] + low, y[p] + low, high);
+        product_of(mid, sx[p], sy[p], high);
+    }
+    for (size_t k = 0; k < 2 * high; k++) {
+        vec s = _mm512_sub_epi64(mid[k], acc[2 * low + k]);
+        if (k < 2 * low)
+            s = _mm512_sub_epi64(s, acc[k]);
+        mid[k] = s;
+    }
+    for (size_t k = 0; k < 2 * high; k++)
+        acc[low + k] = _mm512_add_epi64(acc[low + k], mid[k]);
+}
+
+/* --- pairs: two times L limbs, a and then b -------------------------------------------------*/
+
+/* out = (first + second N) / R for accumulators of 2L columns each: both are reduced, and m, the
+ * digits of the first reduction, are taken off the second accumulator as R - 1 - m.
+ *
+ * The digits of one reduction wait for one another; meanwhile the rows of the other are added. */
+INLINE void reduce(const ifma_modulus *mod, vec *out, vec *first, vec *second)
 {
     const size_t limbs = mod->limbs;
-    for (size_t i = 0; i < 2 * limbs; i++)
-        first[i] = _mm512_setzero_si512();
-    for (size_t i = 0; i < limbs; i++) {
-        second[i] = mod->complement[i];
-        second[limbs + i] = _mm512_setzero_si512();
+    const vec mask = _mm512_set1_epi64((long long)LIMB);
+    vec m[ROWS], k[ROWS] = {_mm512_setzero_si512()};
+
+    for (size_t i = 0; i < limbs; i += ROWS) {
+        digits(mod, first + i, m);
+        if (i)
+            rows_above(second + i - ROWS, k, mod->n, limbs);
+        UNROLL for (int r = 0; r < ROWS; r++) {
+            vec minus = _mm512_sub_epi64(mask, m[r]);
+            minus = _mm512_add_epi64(minus, mod->complement[i + r]);
+            second[i + r] = _mm512_add_epi64(second[i + r], minus);
+        }
+        digits(mod, second + i, k);
+        rows_above(first + i, m, mod->n, limbs);
     }
+    rows_above(second + limbs - ROWS, k, mod->n, limbs);
+    carry(out, first + limbs, limbs);
+    carry(out + limbs, second + limbs, limbs);
+}
+
+INLINE void clear(const ifma_modulus *mod, vec *first, vec *second)
+{
+    memset(first, 0, 2 * mod->limbs * sizeof(vec));
+    memset(second, 0, 2 * mod->limbs * sizeof(vec));
 }
 
 /* out = x y / R; out may be x or y. */
@@ -231,18 +303,26 @@ IFMA static void multiply(const ifma_modulus *mod, vec *out, const vec *x, const
 {
     const size_t limbs = mod->limbs;
     const vec *a = x, *b = x + limbs, *c = y, *d = y + limbs;
-    vec *first = scratch, *second = scratch + 2 * limbs;
-    vec m[ROWS], unused[ROWS];
+    vec *first = scratch, *second = scratch + 2 * limbs, *sums = scratch + 4 * limbs;
 
-    start(mod, first, second);
-    for (size_t i = 0; i < limbs; i += ROWS) {
-        reduce_rows(mod, first + i, 1, (const vec *const[2]){a + i}, (const vec *const[2]){c}, m);
-        fold(second + i, m);
-        reduce_rows(mod, second + i, 2, (const vec *const[2]){a + i, b + i},
-                    (const vec *const[2]){d, c}, unused);
+    clear(mod, first, second);
+    if (limbs < KARATSUBA_LIMBS) {
+        product_of(first, a, c, limbs);
+        product_of(second, a, d, limbs);
+        product_of(second, b, c, limbs);
+    } else {
+        const size_t low = low_part(limbs), high = limbs - low;
+        vec *sa = sums, *sb = sa + high, *sc = sb + high, *sd = sc + high, *mid = sd + high;
+        add_parts(sa, a, low, high);
+        add_parts(sb, b, low, high);
+        add_parts(sc, c, low, high);
+        add_parts(sd, d, low, high);
+        karatsuba(first, 1, (const vec *const[2]){a}, (const vec *const[2]){c},
+                  (const vec *const[2]){sa}, (const vec *const[2]){sc}, mid, limbs);
+        karatsuba(second, 2, (const vec *const[2]){a, b}, (const vec *const[2]){d, c},
+                  (const vec *const[2]){sa, sb}, (const vec *const[2]){sd, sc}, mid, limbs);
     }
-    carry(out, first + limbs, limbs);
-    carry(out + limbs, second + limbs, limbs);
+    reduce(mod, out, first, second);
 }
 
 /* out = 2x in limbs of 52 bits; it must fit. */
@@ -255,23 +335,6 @@ INLINE void twice(vec *out, const vec *x, size_t limbs)
         out[i] = _mm512_and_si512(s, mask);
         up = _mm512_srli_epi64(s, BITS);
     }
-}
-
-/* acc += the four rows x[0..3] times the `limbs` limbs of y. */
-INLINE void product_rows(vec *acc, const vec x[ROWS], const vec *y, size_t limbs)
-{
-    vec s[ROWS];
-    get(s, acc);
-    head(s, x, y);
-    put(acc, s);
-    for (size_t k = ROWS; k < limbs; k += ROWS) {
-        get(s, acc + k);
-        middle(s, x, y + k);
-        put(acc + k, s);
-    }
-    get(s, acc + limbs);
-    tail(s, x, y + limbs);
-    put(acc + limbs, s);
 }
 
 /* acc += the square of the four limbs x[0..3]: at most 4 low and 4 high halves a column. */
@@ -295,10 +358,9 @@ IFMA static void square(const ifma_modulus *mod, vec *out, const vec *x, vec *sc
     const vec even = _mm512_set1_epi64((long long)(LIMB - 1));
     vec *first = scratch, *second = scratch + 2 * limbs;
     vec *a2 = scratch + 4 * limbs, *b2 = scratch + 5 * limbs;
-    vec rows[ROWS], m[ROWS], unused[ROWS];
-    const vec *const none[2] = {NULL, NULL};
+    vec rows[ROWS];
 
-    start(mod, first, second);
+    clear(mod, first, second);
     twice(a2, a, limbs);
     twice(b2, b, limbs);
     for (size_t i = 0; i < limbs; i += ROWS) {
@@ -310,46 +372,28 @@ IFMA static void square(const ifma_modulus *mod, vec *out, const vec *x, vec *sc
             a2[above] = _mm512_and_si512(a2[above], even);
             product_rows(first + i + above, rows, a2 + above, limbs - above);
         }
-        reduce_rows(mod, first + i, 0, none, none, m);
-        fold(second + i, m);
-        reduce_rows(mod, second + i, 1, (const vec *const[2]){a + i}, (const vec *const[2]){b2},
-                    unused);
     }
-    carry(out, first + limbs, limbs);
-    carry(out + limbs, second + limbs, limbs);
-}
-
-/* The a-halves alone, modulo N: out = a c / R. */
-IFMA static void multiply_half(const ifma_modulus *mod, vec *out, const vec *a, const vec *c,
-                               vec *scratch)
-{
-    const size_t limbs = mod->limbs;
-    vec m[ROWS];
-    start(mod, scratch, scratch + 2 * limbs);
-    for (size_t i = 0; i < limbs; i += ROWS)
-        reduce_rows(mod, scratch + i, 1, (const vec *const[2]){a + i}, (const vec *const[2]){c},
-                    m);
-    carry(out, scratch + limbs, limbs);
+    if (limbs < KARATSUBA_LIMBS) {
+        product_of(second, a, b2, limbs);
+    } else {
+        const size_t low = low_part(limbs), high = limbs - low;
+        vec *sa = scratch + 6 * limbs, *sb = scratch + 4 * limbs, *mid = sa + high;
+        add_parts(sa, a, low, high);
+        add_parts(sb, b2, low, high);
+        karatsuba(second, 1, (const vec *const[2]){a}, (const vec *const[2]){b2},
+                  (const vec *const[2]){sa}, (const vec *const[2]){sb}, mid, limbs);
+    }
+    reduce(mod, out, first, second);
 }
 
 /* x < 2^(16 width) < 4 N^2, 2L limbs, as the pair for x / R: with x + m N = R t,
  * t + N (-m / R). t < 4 N^2 / R + 1 + N. */
 IFMA static void enter(const ifma_modulus *mod, vec *out, const vec *x, vec *scratch)
 {
-    const size_t limbs = mod->limbs;
-    vec *first = scratch, *second = scratch + 2 * limbs;
-    vec m[ROWS], unused[ROWS];
-    const vec *const none[2] = {NULL, NULL};
-
-    start(mod, first, second);
-    memcpy(first, x, 2 * limbs * sizeof(vec));
-    for (size_t i = 0; i < limbs; i += ROWS) {
-        reduce_rows(mod, first + i, 0, none, none, m);
-        fold(second + i, m);
-        reduce_rows(mod, second + i, 0, none, none, unused);
-    }
-    carry(out, first + limbs, limbs);
-    carry(out + limbs, second + limbs, limbs);
+    vec *first = scratch, *second = scratch + 2 * mod->limbs;
+    clear(mod, first, second);
+    memcpy(first, x, 2 * mod->limbs * sizeof(vec));
+    reduce(mod, out, first, second);
 }
 
 /* x (1 + block N) / R, where block may be NULL: (a + (b + a block) N) / R. */
@@ -357,27 +401,13 @@ IFMA static void leave(const ifma_modulus *mod, vec *out, const vec *x, const ve
                        vec *scratch)
 {
     const size_t limbs = mod->limbs;
-    const vec *a = x, *b = x + limbs;
     vec *first = scratch, *second = scratch + 2 * limbs;
-    vec m[ROWS], unused[ROWS];
-    const vec *const none[2] = {NULL, NULL};
-
-    start(mod, first, second);
-    for (size_t i = 0; i < limbs; i++) {
-        first[i] = a[i];
-        second[i] = _mm512_add_epi64(second[i], b[i]);
-    }
-    for (size_t i = 0; i < limbs; i += ROWS) {
-        reduce_rows(mod, first + i, 0, none, none, m);
-        fold(second + i, m);
-        if (block)
-            reduce_rows(mod, second + i, 1, (const vec *const[2]){a + i},
-                        (const vec *const[2]){block}, unused);
-        else
-            reduce_rows(mod, second + i, 0, none, none, unused);
-    }
-    carry(out, first + limbs, limbs);
-    carry(out + limbs, second + limbs, limbs);
+    clear(mod, first, second);
+    memcpy(first, x, limbs * sizeof(vec));
+    memcpy(second, x + limbs, limbs * sizeof(vec));
+    if (block)
+        product_of(second, x, block, limbs);
+    reduce(mod, out, first, second);
 }
 
 /* x - y in the lanes where it is not negative, else x; returns those lanes. */
@@ -412,14 +442,10 @@ IFMA static void number(const ifma_modulus *mod, vec *out, const vec *x, vec *ac
 {
     const size_t limbs = mod->limbs;
     const vec *b = x + limbs;
-    vec rows[ROWS];
 
-    start(mod, acc, acc + 2 * limbs);
+    clear(mod, acc, acc + 2 * limbs);
     memcpy(acc, x, limbs * sizeof(vec));
-    for (size_t i = 0; i < limbs; i += ROWS) {
-        get(rows, b + i);
-        product_rows(acc + i, rows, mod->n, limbs);
-    }
+    product_of(acc, b, mod->n, limbs);
     carry(out, acc, 2 * limbs);
 }
 
@@ -495,9 +521,9 @@ static void store_residues(const ifma_modulus *mod, uint8_t *to, size_t stride, 
 }
 
 /* Vectors of scratch that the functions above take: two accumulators, and one number. */
-static size_t scratch_size(const ifma_modulus *mod)
+IFMA static size_t scratch_size(const ifma_modulus *mod)
 {
-    return 6 * mod->limbs;
+    return 6 * mod->limbs + 6 * (mod->limbs - low_part(mod->limbs));
 }
 
 /* One number in all lanes. */
@@ -518,7 +544,7 @@ ifma_modulus *ifma_modulus_new(const uint8_t *n, size_t width, const uint8_t *co
     mod->width = width;
     mod->limbs = limbs;
     mod->memory = allocate(6 * limbs);
-    vec *scratch = allocate(8 * limbs);
+    vec *scratch = allocate(12 * limbs);
     if (!mod->memory || !scratch) {
         free(scratch);
         ifma_modulus_free(mod);
@@ -673,13 +699,13 @@ int ifma_check(const ifma_modulus *mod, const uint8_t *batch, size_t count, uint
     vec *result = memory, *operand = memory + 2 * limbs, *x = operand + 2 * limbs;
     vec *copy = x + 2 * limbs, *scratch = copy + 2 * limbs;
     int status = IFMA_OK;
-    load_same(result, limbs, (const uint8_t[IFMA_MAX_WIDTH]){1}, width);
+    load(result, 2 * limbs, (const uint8_t[]){1}, 1, 0, IFMA_LANES);
     for (size_t i = 0; i < count && status == IFMA_OK; i += IFMA_LANES) {
         load(x, 2 * limbs, batch + i * bytes, bytes, bytes, at_most(IFMA_LANES, count - i));
         enter(mod, operand, x, scratch);
         if (zero_lanes(x, 2 * limbs) || subtract_once(x, mod->square, 2 * limbs, copy))
             status = IFMA_REFUSED;
-        multiply_half(mod, result, result, operand, scratch);
+        multiply(mod, result, result, operand, scratch);
     }
     subtract_once(result, mod->n, limbs, scratch);
     store(products, width, width, IFMA_LANES, result, limbs);
