@@ -140,7 +140,7 @@ def test_fixed_base_table_is_pow(uses: int) -> None:
 def test_fixed_base_table_grows_with_its_uses_within_its_memory() -> None:
     small, large = (KEY.arithmetic.fixed_base_table(KEY.h[:1], 256, uses) for uses in (1, 20000))
     assert large.rows > small.rows
-    rows, depth = best_comb(256, 10**9, 7000)
+    rows, depth = best_comb(256, 10**9, 7000, 0.7)
     assert math.ceil(math.ceil(256 / rows) / depth) << rows <= 7000
 
 

@@ -42,9 +42,9 @@ class FixedBaseTable(ABC):
     its own, at the price of depth - 1 squarings a power.
     """
 
-    def __init__(self, exponent_bits: int, uses: int, max_entries: int) -> None:
+    def __init__(self, exponent_bits: int, uses: int, max_entries: int, squaring: float) -> None:
         self.exponent_bits = exponent_bits
-        self.rows, self.depth = best_comb(exponent_bits, uses, max_entries)
+        self.rows, self.depth = best_comb(exponent_bits, uses, max_entries, squaring)
         self.columns = -(-exponent_bits // self.rows)
         self.blocks = -(-self.columns // self.depth)
 
@@ -57,8 +57,11 @@ class FixedBaseTable(ABC):
         """
 
 
-def best_comb(bits: int, uses: int, max_entries: int) -> tuple[int, int]:
-    """The (rows, depth) of a comb with the fewest multiplications for `uses` powers."""
+def best_comb(bits: int, uses: int, max_entries: int, squaring: float) -> tuple[int, int]:
+    """The (rows, depth) of the comb that is made and used in the least time.
+
+    `squaring` is the time of a squaring in products.
+    """
     best, choice = math.inf, (1, bits)
     for rows in range(1, 17):
         columns = -(-bits // rows)
@@ -66,7 +69,7 @@ def best_comb(bits: int, uses: int, max_entries: int) -> tuple[int, int]:
             entries = -(-columns // depth) << rows
             if rows > 1 and entries > max_entries:
                 continue
-            cost = entries + bits + uses * (columns + depth - 2)
+            cost = entries + squaring * bits + uses * (columns - 1 + squaring * (depth - 1))
             if cost < best:
                 best, choice = cost, (rows, depth)
     return choice

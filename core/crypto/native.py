@@ -20,10 +20,11 @@ except ImportError as error:  # it is optional: no compiler, or another interpre
 else:
     _missing = _kernel.unavailable()
 
-MAX_TABLE_BYTES = 128 << 20
+MAX_TABLE_BYTES = 192 << 20
 """Memory that one fixed-base table may take; all threads share it."""
 
 _LANES = 8
+_SQUARING = 0.7  # its time in products
 
 
 def unavailable() -> str | None:
@@ -164,7 +165,7 @@ class FixedBaseTable(arithmetic.FixedBaseTable):
         uses: int,
         max_entries: int,
     ) -> None:
-        super().__init__(exponent_bits, uses, max_entries)
+        super().__init__(exponent_bits, uses, max_entries, _SQUARING)
         self._shape = bases.shape
         self._table = modulus.table(bases, self.rows, self.columns, self.depth)
         self._empty = list(range(self.blocks))

@@ -19,6 +19,7 @@ MAX_TABLE_BYTES = 56 << 20
 """Memory that one fixed-base table may take; every worker process has its own."""
 
 _ENTRY_OVERHEAD = 176  # a tuple of two mpz objects and the list slot
+_SQUARING = 0.8  # its time in products
 _BUCKET_BITS = 4  # digits of the shared-base powers; 3 and 4 cost the same, 5 more
 
 LIBRARY = f"gmpy2 {gmpy2.version()}, {gmpy2.mp_version()}"
@@ -239,7 +240,7 @@ class FixedBaseTable(arithmetic.FixedBaseTable):
         self, owner: Arithmetic, bases: Sequence[int], exponent_bits: int, uses: int
     ) -> None:
         limit = MAX_TABLE_BYTES // ((owner.width + _ENTRY_OVERHEAD) * len(bases))
-        super().__init__(exponent_bits, uses, limit)
+        super().__init__(exponent_bits, uses, limit, _SQUARING)
         self._arithmetic = owner
         self._n = owner._n
         self._tables = [self._comb(owner._pair(mpz(base))) for base in bases]
