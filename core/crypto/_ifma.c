@@ -19,9 +19,12 @@
  * < (1 + 18/64) N + 2. So results are operands again, and one subtraction of N makes each half
  * canonical. Nothing is compared or reduced in between.
  *
- * Accumulators hold 64 bits. A column of a product gets at most one low and one high half of
- * less than 2^52 a row: with two products and a reduction 6 L 2^52 in all, and 6 L <= 960 < 2^10,
- * so less than 2^62 with every carry. Only the finished number is carried into 52-bit limbs.
+ * Accumulators hold 64 bits with a sign. A column gets at most one low and one high half of
+ * less than 2^52 from each row of a product: from two products and a reduction 6 L 2^52 in all.
+ * Karatsuba's middle part, of H <= L / 2 + 4 limbs, puts in mid - low - high, with each of them
+ * in [0, 4 H 2^52): together with low or high itself that is within +-8 H 2^52, and the
+ * reduction adds 2 L 2^52. L <= 160 makes both less than 2^62 in size, with every carry.
+ * Only the finished number, which is not negative, is carried into limbs of 52 bits.
  */
 
 #include "_ifma.h"
@@ -220,7 +223,8 @@ INLINE void product_of(vec *acc, const vec *x, const vec *y, size_t limbs)
     }
 }
 
-/* out = the low part of x and the high part, added up: `high` limbs. */
+/* out = the low part of x and the high part, added up: `high` limbs. It fits: x <= 6N < R / 8,
+ * and the low part is shorter. */
 INLINE void add_parts(vec *out, const vec *x, size_t low, size_t high)
 {
     const vec mask = _mm512_set1_epi64((long long)LIMB);
@@ -234,29 +238,39 @@ INLINE void add_parts(vec *out, const vec *x, size_t low, size_t high)
     }
 }
 
-enum { KARATSUBA_LIMBS = 56 };
+enum { KARATSUBA_LIMBS = 56 }; /* below, three shorter products are not worth it */
 
-INLINE size_t low_part(size_t limbs)
+static size_t low_part(size_t limbs)
 {
     return (limbs - 1) / 2 / ROWS * ROWS;
 }
 
-/* acc, all zero, = x[0] y[0] (+ x[1] y[1]), by Karatsuba: sx and sy are the parts added up. */
-INLINE void karatsuba(vec *acc, int products, const vec *const x[2], const vec *const y[2],
-                      const vec *const sx[2], const vec *const sy[2], vec *mid, size_t limbs)
+/* acc, 2L columns that are zero, = x[0] y[0] (+ x[1] y[1]), by Karatsuba from 56 limbs on:
+ *     (x' + x" B)(y' + y" B) = low + (mid - low - high) B + high B^2,  mid = (x' + x")(y' + y").
+ * Takes 4 high parts of scratch. */
+INLINE void products_of(vec *acc, int products, const vec *const x[2], const vec *const y[2],
+                        size_t limbs, vec *scratch)
 {
     const size_t low = low_part(limbs), high = limbs - low;
+    vec *sum_x = scratch, *sum_y = sum_x + high, *mid = sum_y + high;
+
+    if (limbs < KARATSUBA_LIMBS) {
+        for (int p = 0; p < products; p++)
+            product_of(acc, x[p], y[p], limbs);
+        return;
+    }
     memset(mid, 0, 2 * high * sizeof(vec));
     for (int p = 0; p < products; p++) {
+        add_parts(sum_x, x[p], low, high);
+        add_parts(sum_y, y[p], low, high);
         product_of(acc, x[p], y[p], low);
         product_of(acc + 2 * low, x[p] + low, y[p] + low, high);
-        product_of(mid, sx[p], sy[p], high);
+        product_of(mid, sum_x, sum_y, high);
     }
     for (size_t k = 0; k < 2 * high; k++) {
-        vec s = _mm512_sub_epi64(mid[k], acc[2 * low + k]);
+        mid[k] = _mm512_sub_epi64(mid[k], acc[2 * low + k]);
         if (k < 2 * low)
-            s = _mm512_sub_epi64(s, acc[k]);
-        mid[k] = s;
+            mid[k] = _mm512_sub_epi64(mid[k], acc[k]);
     }
     for (size_t k = 0; k < 2 * high; k++)
         acc[low + k] = _mm512_add_epi64(acc[low + k], mid[k]);
@@ -303,25 +317,11 @@ IFMA static void multiply(const ifma_modulus *mod, vec *out, const vec *x, const
 {
     const size_t limbs = mod->limbs;
     const vec *a = x, *b = x + limbs, *c = y, *d = y + limbs;
-    vec *first = scratch, *second = scratch + 2 * limbs, *sums = scratch + 4 * limbs;
+    vec *first = scratch, *second = scratch + 2 * limbs, *rest = scratch + 4 * limbs;
 
     clear(mod, first, second);
-    if (limbs < KARATSUBA_LIMBS) {
-        product_of(first, a, c, limbs);
-        product_of(second, a, d, limbs);
-        product_of(second, b, c, limbs);
-    } else {
-        const size_t low = low_part(limbs), high = limbs - low;
-        vec *sa = sums, *sb = sa + high, *sc = sb + high, *sd = sc + high, *mid = sd + high;
-        add_parts(sa, a, low, high);
-        add_parts(sb, b, low, high);
-        add_parts(sc, c, low, high);
-        add_parts(sd, d, low, high);
-        karatsuba(first, 1, (const vec *const[2]){a}, (const vec *const[2]){c},
-                  (const vec *const[2]){sa}, (const vec *const[2]){sc}, mid, limbs);
-        karatsuba(second, 2, (const vec *const[2]){a, b}, (const vec *const[2]){d, c},
-                  (const vec *const[2]){sa, sb}, (const vec *const[2]){sd, sc}, mid, limbs);
-    }
+    products_of(first, 1, (const vec *const[2]){a}, (const vec *const[2]){c}, limbs, rest);
+    products_of(second, 2, (const vec *const[2]){a, b}, (const vec *const[2]){d, c}, limbs, rest);
     reduce(mod, out, first, second);
 }
 
@@ -337,7 +337,7 @@ INLINE void twice(vec *out, const vec *x, size_t limbs)
     }
 }
 
-/* acc += the square of the four limbs x[0..3]: at most 4 low and 4 high halves a column. */
+/* acc += the square of the four limbs x[0..3]. */
 INLINE void square_corner(vec *acc, const vec x[ROWS])
 {
     UNROLL for (int r = 0; r < ROWS; r++)
@@ -373,16 +373,8 @@ IFMA static void square(const ifma_modulus *mod, vec *out, const vec *x, vec *sc
             product_rows(first + i + above, rows, a2 + above, limbs - above);
         }
     }
-    if (limbs < KARATSUBA_LIMBS) {
-        product_of(second, a, b2, limbs);
-    } else {
-        const size_t low = low_part(limbs), high = limbs - low;
-        vec *sa = scratch + 6 * limbs, *sb = scratch + 4 * limbs, *mid = sa + high;
-        add_parts(sa, a, low, high);
-        add_parts(sb, b2, low, high);
-        karatsuba(second, 1, (const vec *const[2]){a}, (const vec *const[2]){b2},
-                  (const vec *const[2]){sa}, (const vec *const[2]){sb}, mid, limbs);
-    }
+    products_of(second, 1, (const vec *const[2]){a}, (const vec *const[2]){b2}, limbs,
+                scratch + 6 * limbs);
     reduce(mod, out, first, second);
 }
 
@@ -520,10 +512,11 @@ static void store_residues(const ifma_modulus *mod, uint8_t *to, size_t stride, 
     store(to, 2 * mod->width, stride, count, whole, 2 * mod->limbs);
 }
 
-/* Vectors of scratch that the functions above take: two accumulators, and one number. */
-IFMA static size_t scratch_size(const ifma_modulus *mod)
+/* Vectors of scratch that the functions above take: two accumulators, a number as it is read or
+ * written, and what Karatsuba's products need. */
+static size_t scratch_size(const ifma_modulus *mod)
 {
-    return 6 * mod->limbs + 6 * (mod->limbs - low_part(mod->limbs));
+    return 6 * mod->limbs + 4 * (mod->limbs - low_part(mod->limbs));
 }
 
 /* One number in all lanes. */
@@ -867,6 +860,7 @@ int ifma_shared_powers(const ifma_modulus *mod, const uint8_t *bases, size_t cou
     }
     release(memory, size);
     release(digit_memory, digits_size);
+    memset(used, 0, buckets);
     free(used);
     return IFMA_OK;
 }

@@ -14,9 +14,11 @@ from dtl.core.crypto import arithmetic, portable
 from dtl.core.crypto.arithmetic import Bytes, best_window, from_integers, to_integers
 
 try:
-    from dtl.core.crypto import _kernel
-except ImportError as error:  # it is optional: no compiler, or another interpreter
-    _missing: str | None = f"the kernel was not built ({error.name or error})"
+    import dtl.core.crypto._kernel as _kernel
+except ModuleNotFoundError:
+    _missing: str | None = "it was not built: no C compiler when dtl was installed"
+except ImportError as error:
+    _missing = f"it does not load: {error}"
 else:
     _missing = _kernel.unavailable()
 
