@@ -24,7 +24,9 @@ DTL = [sys.executable, "-c", "from dtl.cli.app import main; main()"]
 
 KERNELS = [
     "gmpy2",
-    pytest.param("native", marks=pytest.mark.skipif(native.unavailable() is not None, reason="")),
+    pytest.param(
+        "native", marks=pytest.mark.skipif(native.unavailable() is not None, reason="no kernel")
+    ),
 ]
 
 

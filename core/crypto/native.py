@@ -14,11 +14,9 @@ from dtl.core.crypto import arithmetic, portable
 from dtl.core.crypto.arithmetic import Bytes, best_window, from_integers, to_integers
 
 try:
-    import dtl.core.crypto._kernel as _kernel
-except ModuleNotFoundError:
-    _missing: str | None = "it was not built: no C compiler when dtl was installed"
-except ImportError as error:
-    _missing = f"it does not load: {error}"
+    from dtl.core.crypto import _kernel
+except ImportError:  # it is optional: no compiler, or built for another interpreter
+    _missing: str | None = "it was not built when dtl was installed, or does not load"
 else:
     _missing = _kernel.unavailable()
 
