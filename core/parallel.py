@@ -60,7 +60,7 @@ class Work:
         from dtl.core.crypto.residues import NATIVE, kernel_name  # noqa: PLC0415  (needs numpy)
 
         workers = self.workers or default_workers()
-        threads = kernel and kernel_name() == NATIVE
+        threads = kernel_name() == NATIVE and kernel
         results: Iterator[Result]
         if workers == 1 or total < (2 if threads else serial_below):
             results = (function(*task) for task in tasks)

@@ -346,7 +346,7 @@ def test_version_names_the_kernel(dtl: Cli, monkeypatch: pytest.MonkeyPatch) -> 
     assert dtl("--version").out.count("\n") == 1
     monkeypatch.setenv("DTL_KERNEL", "gmpy2")
     found = dtl("--version", "--verbose").out
-    assert "kernel: gmpy2 (not native: DTL_KERNEL=gmpy2)" in found
+    assert "kernel: gmpy2 (not native: " in found
     monkeypatch.setenv("DTL_KERNEL", "abacus")
     assert "abacus" in dtl("--version", "--verbose", code=2).err
 
