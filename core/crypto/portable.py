@@ -20,7 +20,7 @@ MAX_TABLE_BYTES = 56 << 20
 
 _ENTRY_OVERHEAD = 176  # a tuple of two mpz objects and the list slot
 _SQUARING = 0.8  # its time in products
-_BUCKET_BITS = 4  # digits of the shared-base powers; 3 and 4 cost the same, 5 more
+_WINDOW = 4  # bits of the shared-base powers' digits
 
 LIBRARY = f"gmpy2 {gmpy2.version()}, {gmpy2.mp_version()}"
 
@@ -141,28 +141,38 @@ class Arithmetic(arithmetic.Arithmetic):
         return _bytes(powers, *self._shape(bases))
 
     def shared_base_powers(self, bases: Bytes, exponents: Sequence[int]) -> Bytes:
-        """Yao's method with digits of a fixed number of bits."""
-        digits = [_digits(exponent, _BUCKET_BITS) for exponent in exponents]
-        length = max(map(len, digits), default=0)
+        """Yao's method with sliding windows: odd digits that begin at any bit."""
+        digits = [_sliding(exponent, _WINDOW) for exponent in exponents]
+        length = max((exponent.bit_length() for exponent in exponents), default=0)
         out: list[mpz] = []
         for base in _numbers(bases):
-            value = self._pair(base)
-            powers = [value]
+            powers = [self._pair(base)]
             for _ in range(length - 1):
-                for _ in range(_BUCKET_BITS):
-                    value = _square(value, self._n)
-                powers.append(value)
+                powers.append(_square(powers[-1], self._n))
             out += [self._number(self._bucket_power(powers, row)) for row in digits]
         return _bytes(out, self.width, len(bases), len(exponents))
 
-    def _bucket_power(self, powers: list[Pair], digits: list[int]) -> Pair:
+    def _bucket_power(self, powers: list[Pair], digits: list[tuple[int, int]]) -> Pair:
+        """The product of powers[i]^d over all (i, d): that of bucket[j]^(2j + 1).
+
+        With the product S_j of the buckets from j on, it is S_0 (S_1 S_2 ...)^2.
+        """
         n = self._n
-        buckets: list[Pair | None] = [None] * (1 << _BUCKET_BITS)
-        for value, digit in zip(powers, digits, strict=False):
-            if digit:
-                held = buckets[digit]
-                buckets[digit] = value if held is None else _multiply(held, value, n)
-        return _running_products(buckets, n)
+        buckets: list[Pair | None] = [None] * (1 << (_WINDOW - 1))
+        for index, digit in digits:
+            held, value = buckets[digit // 2], powers[index]
+            buckets[digit // 2] = value if held is None else _multiply(held, value, n)
+        running: Pair | None = None
+        doubled: Pair | None = None
+        for j in reversed(range(len(buckets))):
+            bucket = buckets[j]
+            if bucket is not None:
+                running = bucket if running is None else _multiply(running, bucket, n)
+            if j and running is not None:
+                doubled = running if doubled is None else _multiply(doubled, running, n)
+        if running is None or doubled is None:
+            return running or _ONE
+        return _multiply(_square(doubled, n), running, n)
 
     def weighted_products(self, batch: Bytes, weights: Bytes) -> Bytes:
         """Pippenger's buckets, one component after the other."""
@@ -293,9 +303,15 @@ class FixedBaseTable(arithmetic.FixedBaseTable):
         yield from steps.transpose(0, 2, 1).tolist()
 
 
-def _digits(exponent: int, bits: int) -> list[int]:
-    mask = (1 << bits) - 1
-    return [(exponent >> shift) & mask for shift in range(0, exponent.bit_length(), bits)]
+def _sliding(exponent: int, window: int) -> list[tuple[int, int]]:
+    """(i, d): the exponent is the sum of all d 2^i, each d odd and below 2^window."""
+    found, index = [], 0
+    while exponent >> index:
+        digit = exponent >> index & (1 << window) - 1
+        if digit % 2:
+            found.append((index, digit))
+        index += window if digit % 2 else 1
+    return found
 
 
 def _windows(exponents: Bytes, window: int) -> list[list[int]]:
