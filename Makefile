@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
+BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
 
 .PHONY: demo test check bench bits clean
 .DEFAULT_GOAL := test
@@ -27,7 +28,7 @@ bits: $(VENV)/.test
 	$(BIN)/python tests/bits.py
 
 clean:
-	rm -rf $(VENV) .links .demo build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/bin/python:
@@ -35,15 +36,15 @@ $(VENV)/bin/python:
 		{ echo "dtl needs Python 3.11 or newer; say PYTHON=python3.12 make ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.base: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.base: $(BUILT_FROM) | $(VENV)/bin/python
 	$(BIN)/pip install -q --disable-pip-version-check -e .
 	touch $@
 
-$(VENV)/.test: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.test: $(BUILT_FROM) | $(VENV)/bin/python
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/.base
 
-$(VENV)/.dev: pyproject.toml | $(VENV)/bin/python
+$(VENV)/.dev: $(BUILT_FROM) | $(VENV)/bin/python
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dev]'
 	touch $@ $(VENV)/.base $(VENV)/.test
 

@@ -1,6 +1,7 @@
 """The root of the command line: the commands, and the one place where errors become exit codes."""
 
 import os
+import platform
 import signal
 import sys
 from collections.abc import Callable
@@ -74,17 +75,31 @@ _add(ANYONE, evaluate.evaluate, evaluate.EXAMPLE)
 _add(ANYONE, simulate.simulate, simulate.EXAMPLE)
 
 
-def _show_version(wanted: bool) -> None:
+def _show_version(context: typer.Context, wanted: bool) -> None:
     if wanted:
         typer.echo(f"dtl {version('dtl-toolkit')}")
+        if context.params.get("verbose"):
+            _show_kernel()
         raise typer.Exit
+
+
+def _show_kernel() -> None:
+    from dtl.core.crypto import residues
+
+    reason = residues.why_not_native()
+    typer.echo(f"kernel: {residues.kernel_name()}" + (f" (not native: {reason})" if reason else ""))
+    typer.echo(f"python: {platform.python_version()}\nlibrary: {residues.LIBRARY}")
 
 
 @app.callback()
 def root(
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", is_eager=True, help="With --version: which kernel is in use."),
+    ] = False,
     show_version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version."),
+        typer.Option("--version", callback=_show_version, help="Print the version."),
     ] = False,
 ) -> None:
     """Train one model together without showing anyone your data."""

@@ -1,16 +1,20 @@
-"""One map over chunks: in this process, or in several through joblib, with progress.
+"""One map over chunks: in this thread, several threads or several processes, with progress.
 
-The one place that decides where work runs. Work is a module-level function of small
-arguments; results come back in the order of the tasks, a few at a time, so memory does
-not grow with their number.
+The one place that decides where work runs: the native kernel releases the GIL, so threads
+share its tables; gmpy2 does not, so its work goes to processes through joblib. Work is a
+module-level function of small arguments; results come back in the order of the tasks, a few
+at a time, so memory does not grow with their number.
 """
 
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from itertools import islice
 from typing import TypeVar
 
 from dtl.core.errors import DtlError
@@ -20,6 +24,7 @@ Result = TypeVar("Result")
 
 _WATCH_SECONDS = 0.5
 SERIAL_TASKS = 8  # fewer tasks than this usually end before a pool of processes has started
+_AHEAD = 2  # tasks for each thread that are begun or done before their turn
 
 
 def default_workers() -> int:
@@ -43,20 +48,26 @@ class Work:
         tasks: Iterable[tuple[object, ...]],
         total: int,
         serial_below: int = SERIAL_TASKS,
+        kernel: bool = True,
     ) -> Iterator[Result]:
         """Yield function(*task) for all `total` tasks, in order; `step` names the work.
 
-        `tasks` may be a generator; it is consumed only as fast as results are taken. Fewer
-        than `serial_below` tasks run in this process. An exception of the function is raised
-        here.
+        `tasks` may be a generator; it is consumed only as fast as results are taken. Where
+        processes are needed, fewer than `serial_below` tasks run in this one. `kernel` says
+        that the function spends its time in batch arithmetic. An exception of the function
+        is raised here.
         """
+        from dtl.core.crypto.residues import NATIVE, kernel_name  # noqa: PLC0415  (needs numpy)
+
         workers = self.workers or default_workers()
-        few = total < serial_below
-        results = (
-            (function(*task) for task in tasks)
-            if workers == 1 or few
-            else _pool(function, tasks, workers)
-        )
+        threads = kernel_name() == NATIVE and kernel
+        results: Iterator[Result]
+        if workers == 1 or total < (2 if threads else serial_below):
+            results = (function(*task) for task in tasks)
+        elif threads:
+            results = _threads(function, tasks, workers)
+        else:
+            results = _processes(function, tasks, workers)
         self.progress(step, 0, total)
         for done, result in enumerate(results, 1):
             self.progress(step, done, total)
@@ -87,7 +98,25 @@ DEFAULT_WORK = Work()
 """All cores, silently."""
 
 
-def _pool(
+def _threads(
+    function: Callable[..., Result],
+    tasks: Iterable[tuple[object, ...]],
+    workers: int,
+) -> Iterator[Result]:
+    pool = ThreadPoolExecutor(workers)
+    remaining = iter(tasks)
+    try:
+        begun: deque[Future[Result]] = deque(
+            pool.submit(function, *task) for task in islice(remaining, _AHEAD * workers)
+        )
+        while begun:
+            yield begun.popleft().result()
+            begun.extend(pool.submit(function, *task) for task in islice(remaining, 1))
+    finally:  # an interrupted command waits for no more than the tasks that run
+        pool.shutdown(cancel_futures=True)
+
+
+def _processes(
     function: Callable[..., Result],
     tasks: Iterable[tuple[object, ...]],
     workers: int,

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from phe.paillier import PaillierPrivateKey, PaillierPublicKey
 
 from dtl.core.crypto import group, primes, primitives, residues, scheme
+from dtl.core.crypto.arithmetic import best_comb
 from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
-from dtl.core.crypto.residues import Bytes, FixedBaseTable
+from dtl.core.crypto.residues import Bytes
 from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from tests.helpers import PRIMES
 
@@ -129,7 +130,7 @@ def test_halves_are_the_protocol_formula_and_even() -> None:
 
 @pytest.mark.parametrize("uses", [1, 3, 100, 5000])
 def test_fixed_base_table_is_pow(uses: int) -> None:
-    table = FixedBaseTable(KEY.arithmetic, KEY.h, 256, uses)
+    table = KEY.arithmetic.fixed_base_table(KEY.h, 256, uses)
     exponents = [0, 1, 2, (1 << 256) - 1, 1 << 255, secrets.randbits(256)]
     found = table.powers(residues.from_integers(exponents, 32))
     expected = [pow(h, e, N * N) for e in exponents for h in KEY.h]
@@ -137,9 +138,9 @@ def test_fixed_base_table_is_pow(uses: int) -> None:
 
 
 def test_fixed_base_table_grows_with_its_uses_within_its_memory() -> None:
-    small, large = (FixedBaseTable(KEY.arithmetic, KEY.h[:1], 256, uses) for uses in (1, 20000))
+    small, large = (KEY.arithmetic.fixed_base_table(KEY.h[:1], 256, uses) for uses in (1, 20000))
     assert large.rows > small.rows
-    rows, depth = residues._best_comb(256, 10**9, 7000)
+    rows, depth = best_comb(256, 10**9, 7000, 0.7)
     assert math.ceil(math.ceil(256 / rows) / depth) << rows <= 7000
 
 

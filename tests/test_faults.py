@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dtl.core.crypto import native
 from dtl.core.files import ledger
 from dtl.core.files.atomic import AtomicFolder, AtomicOutput, write_file
 from dtl.core.roles.participant import encrypting
@@ -21,9 +22,23 @@ NewRound = Callable[..., Round]
 DTL = [sys.executable, "-c", "from dtl.cli.app import main; main()"]
 
 
-def start(*arguments: object) -> "subprocess.Popen[bytes]":
+KERNELS = [
+    "gmpy2",
+    pytest.param(
+        "native", marks=pytest.mark.skipif(native.unavailable() is not None, reason="no kernel")
+    ),
+]
+
+
+def start(*arguments: object, kernel: str = "gmpy2") -> "subprocess.Popen[bytes]":
+    """Start a command, by default on gmpy2: slow enough to be caught in the middle."""
     command = [*DTL, *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"DTL_KERNEL": kernel},
+    )
 
 
 def hidden(folder: Path) -> list[Path]:
@@ -72,14 +87,18 @@ def test_a_kill_at_any_time_leaves_the_output_absent_or_complete(new_round: NewR
     assert killed
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_command_cleans_up(new_round: NewRound, sig: signal.Signals) -> None:
+def test_an_interrupted_command_cleans_up(
+    new_round: NewRound, sig: signal.Signals, kernel: str
+) -> None:
     round_ = new_round()
-    arrays = {"x": np.ones(300_000, np.float32)}
+    arrays = {"x": np.ones(300_000 if kernel == "gmpy2" else 3_000_000, np.float32)}
     gradients = round_.save("g.safetensors", arrays)
     out = round_.folder / "u"
     process = start(
-        "encrypt-grads", gradients, "--round", 1, "--key", round_.key("alice"), "-o", out
+        *("encrypt-grads", gradients, "--round", 1, "--key", round_.key("alice"), "-o", out),
+        kernel=kernel,
     )
     while not hidden(round_.folder):
         assert process.poll() is None

@@ -90,7 +90,7 @@ class PublicKey:
     @cached_property
     def arithmetic(self) -> residues.Arithmetic:
         """Batch arithmetic modulo N^2."""
-        return residues.Arithmetic(self.n)
+        return residues.arithmetic(self.n)
 
     def __getstate__(self) -> dict[str, object]:
         # What is derived is not sent to worker processes.

@@ -14,11 +14,11 @@ Bellare-Garay-Rabin (Eurocrypt '98), Fiat-Shamir made non-interactive.
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from dtl.core.crypto import residues
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.primitives import fields, hash_fields, u32
 from dtl.core.crypto.residues import Bytes, from_integers, to_integers
@@ -87,17 +87,20 @@ def decode(key: PublicKey, groups: int, data: bytes) -> Proof:
 
 def commit(key: PublicKey, groups: int) -> tuple[Witness, tuple[int, ...]]:
     """A fresh witness, and its commitments d_0 = g^w, d_j = h_j^w (1 + s_j N)."""
-    n, n2 = key.n, key.n**2
     witness = Witness(
         secrets.randbits(witness_bits(key, groups)),
-        tuple(secrets.randbelow(n) for _ in range(COMPONENTS)),
+        tuple(secrets.randbelow(key.n) for _ in range(COMPONENTS)),
     )
-    first = residues.power(key.g, witness.w, n2)
-    others = (
-        residues.power(h, witness.w, n2) * (1 + s * n) % n2
-        for h, s in zip(key.h, witness.s, strict=True)
-    )
-    return witness, (first, *others)
+    d = _key_powers(key, witness.w, (0, *witness.s))
+    return witness, tuple(to_integers(d))
+
+
+def _key_powers(key: PublicKey, exponent: int, blocks: Sequence[int]) -> Bytes:
+    """g^e (1 + m_0 N), h_1^e (1 + m_1 N), ..., [8, width]."""
+    arithmetic = key.arithmetic
+    bases = from_integers((key.g, *key.h), arithmetic.width)
+    powers = arithmetic.powers(bases, exponent)
+    return arithmetic.add_blocks(powers, from_integers(blocks, arithmetic.block_width))
 
 
 def weights(
@@ -162,11 +165,9 @@ def verify(key: PublicKey, proof: Proof, products: list[int]) -> None:
     `products` are prod c_{j,i}^rho_i for j = 0..7 (see `Arithmetic.weighted_products`); the
     ranges must have been checked before.
     """
-    n, n2 = key.n, key.n**2
-    bases = (key.g, *key.h)
-    values = (0, *proof.v)
-    for base, value, d, product in zip(bases, values, proof.d, products, strict=True):
-        left = residues.power(base, proof.z, n2) * (1 + value * n) % n2
+    n2 = key.n**2
+    powers = to_integers(_key_powers(key, proof.z, (0, *proof.v)))
+    for left, d, product in zip(powers, proof.d, products, strict=True):
         right = d * product % n2
         if left not in (right, n2 - right):
             raise VerificationError(

@@ -10,13 +10,14 @@ section 4; one g^r for several keys: Kurosawa (PKC 2002), Bellare-Boldyreva-Stad
 """
 
 import secrets
+import threading
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtl.core.crypto.group import PublicKey, StrongTrapdoor
+from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
 from dtl.core.crypto.residues import Bytes, FixedBaseTable, PaillierArithmetic
 
 
@@ -28,7 +29,10 @@ def fresh_randomness(key: PublicKey, groups: int) -> Bytes:
 
 @lru_cache(maxsize=2)
 def _encryption_table(key: PublicKey, uses: int) -> FixedBaseTable:
-    return FixedBaseTable(key.arithmetic, (key.g, *key.h), key.exponent_bits, uses)
+    return key.arithmetic.fixed_base_table((key.g, *key.h), key.exponent_bits, uses)
+
+
+_one_table = threading.Lock()  # lru_cache alone would let two threads make the same one
 
 
 def encrypt(key: PublicKey, blocks: Bytes, randomness: Bytes, expected_groups: int) -> Bytes:
@@ -37,9 +41,11 @@ def encrypt(key: PublicKey, blocks: Bytes, randomness: Bytes, expected_groups: i
     `expected_groups` is how many groups will be encrypted in all: it sizes the table of
     powers, which is kept from call to call.
     """
-    residues = _encryption_table(key, expected_groups).powers(randomness).copy()
-    residues[:, 1:] = key.arithmetic.add_blocks(residues[:, 1:], blocks)
-    return residues
+    with _one_table:
+        table = _encryption_table(key, expected_groups)
+    padded = np.zeros((len(blocks), COMPONENTS + 1, blocks.shape[-1]), np.uint8)
+    padded[:, 1:] = blocks  # c_0 carries none
+    return table.powers(randomness, padded)
 
 
 def add(key: PublicKey, batches: Sequence[Bytes]) -> Bytes:

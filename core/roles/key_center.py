@@ -114,7 +114,9 @@ def _safe_primes(modulus_bits: int, work: Work) -> Iterator[int]:
     for tried in count(0, batch):
         work.progress("search safe primes, windows", tried, None)
         tasks = repeat((modulus_bits // 2,), batch)
-        windows = Work(workers).map("", search_safe_prime, tasks, batch, serial_below=0)
+        windows = Work(workers).map(
+            "", search_safe_prime, tasks, batch, serial_below=0, kernel=False
+        )
         yield from [prime for prime in windows if prime is not None]
 
 

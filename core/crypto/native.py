@@ -1,0 +1,202 @@
+"""Batch arithmetic with the native kernel: eight numbers at a time (see README.md).
+
+The only module that knows `_kernel`. Arrays go in and come out as they are; the kernel
+releases the GIL, so several threads may use one instance.
+"""
+
+import threading
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+
+from dtl.core.crypto import arithmetic, portable
+from dtl.core.crypto.arithmetic import Bytes, best_window, from_integers, to_integers
+
+try:
+    from dtl.core.crypto import _kernel
+except ImportError:  # it is optional: no compiler, or built for another interpreter
+    _missing: str | None = "it was not built when dtl was installed, or does not load"
+else:
+    _missing = _kernel.unavailable()
+
+MAX_TABLE_BYTES = 192 << 20
+"""Memory that one fixed-base table may take; all threads share it."""
+
+_LANES = 8
+_SQUARING = 0.7  # its time in products
+
+
+def unavailable() -> str | None:
+    """Why the kernel cannot be used here; None where it can."""
+    return _missing
+
+
+def supports(modulus: int) -> bool:
+    """Whether the kernel takes this modulus: odd, 256 to 8192 bits, whole bytes."""
+    bits = modulus.bit_length()
+    in_range = _kernel.MIN_WIDTH <= bits // 8 <= _kernel.MAX_WIDTH
+    return modulus % 2 == 1 and bits % 8 == 0 and in_range
+
+
+class Arithmetic(arithmetic.Arithmetic):
+    """Batch arithmetic, eight numbers at a time. Raises ValueError for wrong shapes."""
+
+    def __init__(self, modulus: int) -> None:
+        super().__init__(modulus)
+        self._radix = 1 << _kernel.radix_bits(self.block_width)
+        complement = from_integers([(1 - self._radix) % modulus], self.block_width)
+        n = from_integers([modulus], self.block_width)
+        self._kernel = _kernel.Modulus(n, complement, self._radix_power(3))
+
+    def _radix_power(self, exponent: int) -> Bytes:
+        """R^exponent mod N^2 as the two halves of a pair."""
+        n = self.modulus
+        b, a = divmod(pow(self._radix, exponent, n * n), n)
+        return from_integers([a, b], self.block_width)
+
+    def _contiguous(self, batch: Bytes, width: int) -> Bytes:
+        if batch.dtype != np.uint8 or batch.shape[-1:] != (width,):
+            raise ValueError(f"expected bytes [..., {width}], found {batch.dtype} {batch.shape}")
+        return np.ascontiguousarray(batch)
+
+    def _residues(self, batch: Bytes) -> Bytes:
+        return self._contiguous(batch, self.width)
+
+    def _product_in_range(self, residues: Bytes) -> int | None:
+        if residues[..., self.width :].any():
+            return None
+        products = np.empty((_LANES, self.block_width), np.uint8)
+        if not self._kernel.check(self._residues(residues[..., : self.width]), products):
+            return None
+        product = 1
+        for factor in to_integers(products):
+            product = product * factor % self.modulus
+        return product
+
+    def product(self, batches: Sequence[Bytes]) -> Bytes:
+        """All operands of eight products at a time, in the kernel's own form."""
+        out = np.empty(batches[0].shape, np.uint8)
+        if any(batch.shape != out.shape for batch in batches):
+            raise ValueError("batches of one shape are multiplied")
+        operands = tuple(self._residues(batch) for batch in batches)
+        self._kernel.product(operands, self._product_scale(len(operands)), out)
+        return out
+
+    @cache  # noqa: B019  (an instance lives as long as its job)
+    def _product_scale(self, operands: int) -> Bytes:
+        return self._radix_power(2 * operands)
+
+    def inverse(self, batch: Bytes) -> Bytes:
+        """Montgomery's trick in eight lanes; what remains of them, gmpy2 inverts."""
+        residues = self._residues(batch)
+        out = np.empty(residues.shape, np.uint8)
+        if out.size == 0:
+            return out
+        steps = -(-out.size // (self.width * _LANES))
+        prefixes = np.empty((steps, self._kernel.element_bytes()), np.uint8)
+        totals = np.empty((_LANES, self.width), np.uint8)
+        self._kernel.running(residues, prefixes, totals)
+        inverses = portable.Arithmetic(self.modulus).inverse(totals)
+        scaled = (value * self._radix % self.modulus**2 for value in to_integers(inverses))
+        self._kernel.unwind(residues, prefixes, from_integers(scaled, self.width), out)
+        return out
+
+    def add_blocks(self, residues: Bytes, blocks: Bytes) -> Bytes:
+        """Into Montgomery form; the block is multiplied in on the way out of it."""
+        out = np.empty(residues.shape, np.uint8)
+        self._kernel.add_blocks(
+            self._residues(residues), self._contiguous(blocks, self.block_width), out
+        )
+        return out
+
+    def powers(self, bases: Bytes, exponent: int) -> Bytes:
+        """The powers of eight bases at a time."""
+        return self.shared_base_powers(bases, [exponent]).reshape(bases.shape)
+
+    def shared_base_powers(self, bases: Bytes, exponents: Sequence[int]) -> Bytes:
+        """Yao's method with sliding windows, eight bases at a time."""
+        out = np.empty((len(bases), len(exponents), self.width), np.uint8)
+        if out.size:
+            width = -(-max(exponent.bit_length() for exponent in exponents) // 8) or 1
+            packed = from_integers(exponents, width)
+            self._kernel.shared_base_powers(self._residues(bases), packed, width, out)
+        return out
+
+    def weighted_products(self, batch: Bytes, weights: Bytes) -> Bytes:
+        """Pippenger's buckets, eight components at a time."""
+        count, columns = batch.shape[:2]
+        width = weights.shape[-1]
+        out = np.empty((columns, self.width), np.uint8)
+        self._kernel.weighted_products(
+            self._residues(batch),
+            self._contiguous(weights, width),
+            width,
+            best_window(count, 8 * width),
+            out,
+        )
+        return out
+
+    def _logarithms(self, residues: Bytes) -> Bytes | None:
+        out = np.empty((*residues.shape[:-1], self.block_width), np.uint8)
+        return out if self._kernel.logarithms(self._residues(residues), out) else None
+
+    def fixed_base_table(
+        self, bases: Sequence[int], exponent_bits: int, uses: int
+    ) -> "FixedBaseTable":
+        """A table of up to eight bases, within MAX_TABLE_BYTES."""
+        entry = self._kernel.element_bytes()
+        return FixedBaseTable(self._kernel, from_integers(bases, self.width), exponent_bits,
+            uses, MAX_TABLE_BYTES // entry)  # fmt: skip
+
+
+class FixedBaseTable(arithmetic.FixedBaseTable):
+    """One comb whose entries hold all bases, one a lane.
+
+    It is filled when it is first used: every thread that needs it fills the blocks that no
+    other has begun.
+    """
+
+    def __init__(
+        self,
+        modulus: "_kernel.Modulus",
+        bases: Bytes,
+        exponent_bits: int,
+        uses: int,
+        max_entries: int,
+    ) -> None:
+        super().__init__(exponent_bits, uses, max_entries, _SQUARING)
+        self._shape = bases.shape
+        self._table = modulus.table(bases, self.rows, self.columns, self.depth)
+        self._empty = list(range(self.blocks))
+        self._unfilled = self.blocks
+        self._changed = threading.Condition()
+
+    def powers(self, exponents: Bytes, blocks: Bytes | None = None) -> Bytes:
+        """Eight powers at a time, of one exponent."""
+        self._fill()
+        out = np.empty((len(exponents), *self._shape), np.uint8)
+        if blocks is not None:
+            blocks = np.ascontiguousarray(blocks)
+        self._table.powers(np.ascontiguousarray(exponents), exponents.shape[-1], blocks, out)
+        return out
+
+    def _fill(self) -> None:
+        while self._unfilled:
+            try:
+                block = self._empty.pop()
+            except IndexError:  # others are at the last ones
+                with self._changed:
+                    self._changed.wait_for(lambda: self._empty or not self._unfilled)
+                continue
+            try:
+                self._table.fill(block)
+            except MemoryError:
+                self._empty.append(block)
+                raise
+            else:
+                with self._changed:
+                    self._unfilled -= 1
+            finally:
+                with self._changed:
+                    self._changed.notify_all()

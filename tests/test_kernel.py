@@ -1,0 +1,433 @@
+"""The native kernel against plain Python integers and against the gmpy2 back end."""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from math import gcd
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dtl.core.crypto import native, portable, residues, scheme
+from dtl.core.crypto.arithmetic import Arithmetic, Bytes, from_integers, to_integers
+from dtl.core.errors import FormatError, UsageError, VerificationError
+from tests.helpers import PRIMES, Cli, Round, random_arrays
+
+CRYPTO = Path(__file__).parent.parent / "core" / "crypto"
+SIZES = (256, 264, 512, 1040, 1664, 2048, 3072, 4096, 8192)  # bits of N; N^2 has twice as many
+needs_kernel = pytest.mark.skipif(
+    native.unavailable() is not None, reason=f"no native kernel: {native.unavailable()}"
+)
+
+
+def moduli() -> Iterator[int]:
+    """Odd moduli of exact size: the least, the greatest (limbs all ones), one in between."""
+    for bits in SIZES:
+        yield (1 << bits - 1) + 1
+        yield (1 << bits) - 1
+        yield secrets.randbits(bits) | 1 | 1 << bits - 1
+
+
+def operands(n: int) -> list[int]:
+    """Adversarial residues modulo n^2, the random one last; 13 of them: not a multiple of 8."""
+    n2, bits = n * n, n.bit_length()
+    ones = (1 << 2 * bits) - 1
+    lowest = (1 << bits) - 1  # all limbs of one half
+    wanted = [0, 1, 2, n - 1, n, n + 1, n2 - 1, n2 - n, n2 - n + 1, n2 // 2, ones % n2]
+    return [*wanted, lowest % n2, secrets.randbelow(n2)]
+
+
+def batch_of(numbers: list[int], arithmetic: Arithmetic) -> Bytes:
+    return from_integers(numbers, arithmetic.width)
+
+
+def blocks_of(numbers: list[int], arithmetic: Arithmetic) -> Bytes:
+    return from_integers(numbers, arithmetic.block_width)
+
+
+BOTH = [pytest.param(native.Arithmetic, marks=needs_kernel, id="native"),
+        pytest.param(portable.Arithmetic, id="gmpy2")]  # fmt: skip
+EVERY = list(moduli())
+IDS = [
+    f"{n.bit_length()}-{kind}"
+    for n, kind in zip(EVERY, ["least", "ones", "random"] * 9, strict=True)
+]
+Backend = Callable[[int], Arithmetic]
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("n", EVERY, ids=IDS)
+def test_every_operation_is_the_integers_one(backend: Backend, n: int) -> None:
+    arithmetic, n2, x = backend(n), n * n, operands(n)
+    y = [*x[5:], *x[:5]]
+    first, second = batch_of(x, arithmetic), batch_of(y, arithmetic)
+
+    def numbers(batch: Bytes) -> list[int]:
+        assert batch.dtype == np.uint8
+        return to_integers(batch)
+
+    assert numbers(arithmetic.product([first])) == x
+    assert numbers(arithmetic.product([first, second])) == [
+        a * b % n2 for a, b in zip(x, y, strict=True)
+    ]
+    assert numbers(arithmetic.product([first, second, second, first])) == [
+        (a * b) ** 2 % n2 for a, b in zip(x, y, strict=True)
+    ]
+    m = [v % n for v in y]
+    blocks = blocks_of(m, arithmetic)
+    assert numbers(arithmetic.add_blocks(first, blocks)) == [
+        a * (1 + b * n) % n2 for a, b in zip(x, m, strict=True)
+    ]
+    assert numbers(arithmetic.subtract_blocks(first, blocks)) == [
+        a * (1 - b * n) % n2 for a, b in zip(x, m, strict=True)
+    ]
+    opened = [(1 + b * n) % n2 for b in m] + [(-1 - b * n) % n2 for b in m]
+    assert numbers(arithmetic.logarithms(batch_of(opened, arithmetic))) == [*m, *m]
+    units = [v for v in x if gcd(v, n) == 1]
+    assert numbers(arithmetic.inverse(batch_of(units, arithmetic))) == [
+        pow(v, -1, n2) for v in units
+    ]
+    arithmetic.check(batch_of(units, arithmetic))
+
+
+@pytest.mark.parametrize("backend", BOTH)
+@pytest.mark.parametrize("n", EVERY[2::3], ids=IDS[2::3])
+def test_every_power_is_the_integers_one(backend: Backend, n: int) -> None:
+    arithmetic, n2, x = backend(n), n * n, operands(n)
+    exponents = [0, 1, 2, 6, (1 << 64) - 1, 1 << 63, secrets.randbits(60)]
+    found = arithmetic.shared_base_powers(batch_of(x, arithmetic), exponents)
+    assert found.shape == (len(x), len(exponents), arithmetic.width)
+    assert to_integers(found) == [pow(v, e, n2) for v in x for e in exponents]
+    found = arithmetic.powers(batch_of(x, arithmetic), exponents[-1])
+    assert to_integers(found) == [pow(v, exponents[-1], n2) for v in x]
+
+    rows, columns = [x, x[::-1], [*x[3:], *x[:3]]], len(x)
+    weights = [0, 1, secrets.randbits(24)]
+    cube = np.stack([batch_of(row, arithmetic) for row in rows])
+    product = arithmetic.weighted_products(cube, from_integers(weights, 3))
+    expected = [1] * columns
+    for row, weight in zip(rows, weights, strict=True):
+        expected = [e * pow(v, weight, n2) % n2 for e, v in zip(expected, row, strict=True)]
+    assert to_integers(product) == expected
+
+    for count, uses in ((1, 1), (7, 3), (8, 400)):
+        bases, m = x[-count:], [v % n for v in x[:count]]
+        table = arithmetic.fixed_base_table(bases, 64, uses)
+        packed = from_integers(exponents, 8)
+        powers = [pow(v, e, n2) for e in exponents for v in bases]
+        assert to_integers(table.powers(packed)) == powers
+        blocks = np.tile(blocks_of(m, arithmetic), (len(exponents), 1, 1))
+        assert to_integers(table.powers(packed, blocks)) == [
+            p * (1 + b * n) % n2 for p, b in zip(powers, m * len(exponents), strict=True)
+        ]
+
+
+@needs_kernel
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_both_back_ends_agree(data: st.DataObject) -> None:
+    bits = data.draw(st.integers(32, 160)) * 8
+    n = data.draw(st.integers(1 << bits - 1, (1 << bits) - 1)) | 1
+    ours, theirs = native.Arithmetic(n), portable.Arithmetic(n)
+    count = data.draw(st.integers(0, 19))
+    numbers = st.lists(st.integers(0, n * n - 1), min_size=count, max_size=count)
+    x, y = (batch_of(data.draw(numbers), ours) for _ in range(2))
+    small = st.lists(st.integers(0, n - 1), min_size=count, max_size=count)
+    m = blocks_of(data.draw(small), ours)
+    exponents = data.draw(st.lists(st.integers(0, 1 << 90), min_size=1, max_size=3))
+    weights = np.frombuffer(data.draw(st.binary(min_size=4 * count, max_size=4 * count)), np.uint8)
+    seven = [secrets.randbelow(n * n) for _ in range(7)]
+    drawn = np.frombuffer(data.draw(st.binary(min_size=12 * count, max_size=12 * count)), np.uint8)
+    uses = data.draw(st.integers(1, 2000))
+
+    cube, weights = x.reshape(count, 1, ours.width), weights.reshape(count, 4)
+
+    def results(arithmetic: Arithmetic) -> list[bytes]:
+        table = arithmetic.fixed_base_table(seven, 96, uses)
+        return [
+            found.tobytes()
+            for found in (
+                arithmetic.product([x, y, x]),
+                arithmetic.add_blocks(x, m),
+                arithmetic.subtract_blocks(x, m),
+                arithmetic.shared_base_powers(x, exponents),
+                arithmetic.weighted_products(cube, weights),
+                table.powers(drawn.reshape(count, 12)),
+            )
+        ]
+
+    assert results(ours) == results(theirs)
+
+
+@needs_kernel
+def test_empty_batches() -> None:
+    n = EVERY[8]
+    arithmetic = native.Arithmetic(n)
+    none = np.zeros((0, arithmetic.width), np.uint8)
+    blocks = np.zeros((0, arithmetic.block_width), np.uint8)
+    arithmetic.check(none)
+    assert arithmetic.product([none, none]).shape == none.shape
+    assert arithmetic.inverse(none).shape == none.shape
+    assert arithmetic.add_blocks(none, blocks).shape == none.shape
+    assert arithmetic.logarithms(none).shape == blocks.shape
+    assert arithmetic.shared_base_powers(none, [3, 4]).shape == (0, 2, arithmetic.width)
+    one = batch_of([1], arithmetic)
+    assert arithmetic.shared_base_powers(one, []).shape == (1, 0, arithmetic.width)
+    weighted = arithmetic.weighted_products(
+        np.zeros((0, 8, arithmetic.width), np.uint8), np.zeros((0, 16), np.uint8)
+    )
+    assert to_integers(weighted) == [1] * 8
+    table = arithmetic.fixed_base_table([5], 64, 10)
+    assert table.powers(np.zeros((0, 8), np.uint8)).shape == (0, 1, arithmetic.width)
+
+
+@pytest.mark.parametrize("backend", BOTH)
+def test_what_must_be_refused_is(backend: Backend) -> None:
+    p, q = PRIMES[512]
+    n = p * q
+    arithmetic = backend(n)
+    fine = [2] * 20
+    for place in (0, 7, 8, 20):
+        for bad in (0, n * n, n * n + 1, p, q * 5, n):
+            numbers = [*fine[:place], bad, *fine[place:]]
+            with pytest.raises(FormatError):
+                arithmetic.check(batch_of(numbers, arithmetic))
+        with pytest.raises(VerificationError):
+            arithmetic.inverse(batch_of([*fine[:place], p, *fine[place:]], arithmetic))
+        opened = [1 + 5 * n, *[n * n - 1] * 20]
+        assert to_integers(arithmetic.logarithms(batch_of(opened, arithmetic)))[0] == 5
+        for bad in (0, 2, n, n + 2, n * n - 2, n - 2):
+            numbers = [*opened[:place], bad, *opened[place:]]
+            with pytest.raises(VerificationError):
+                arithmetic.logarithms(batch_of(numbers, arithmetic))
+
+
+@needs_kernel
+def test_wrong_arguments_raise() -> None:
+    from dtl.core.crypto import _kernel
+
+    n = EVERY[8]
+    arithmetic = native.Arithmetic(n)
+    w, b = arithmetic.width, arithmetic.block_width
+    x = batch_of([1, 2, 3], arithmetic)
+    blocks = blocks_of([1, 2], arithmetic)
+    strided = np.zeros((3, 2 * w), np.uint8)[:, ::2]
+    wide: Any = np.zeros((3, w), np.uint16)
+    for wrong in (
+        lambda: arithmetic.product([x, x[:2]]),
+        lambda: arithmetic.product([x[:, 1:]]),
+        lambda: arithmetic.product([wide]),
+        lambda: arithmetic.add_blocks(x, blocks),
+        lambda: arithmetic.inverse(x[:, :-1]),
+        lambda: arithmetic.check(x[:, :-1]),
+        lambda: arithmetic.logarithms(blocks),
+        lambda: arithmetic.shared_base_powers(blocks, [1]),
+        lambda: arithmetic.weighted_products(x.reshape(3, 1, w), x[:2, :16]),
+        lambda: arithmetic.fixed_base_table([1] * 9, 64, 10),
+        lambda: arithmetic.fixed_base_table([], 64, 10),
+        lambda: arithmetic.fixed_base_table([1], 64, 10).powers(x[:, :9] + np.uint8(128)),
+        lambda: arithmetic.fixed_base_table([1], 64, 10).powers(x[:, :8], blocks),
+    ):
+        with pytest.raises(ValueError, match=r"."):
+            wrong()
+    assert to_integers(arithmetic.product([strided])) == [0, 0, 0]  # copied, not refused
+
+    kernel = arithmetic._kernel
+    out, small = np.zeros((3, w), np.uint8), np.zeros(w - 1, np.uint8)
+    half = np.zeros((2, b), np.uint8)
+    frozen = np.zeros((3, w), np.uint8)
+    frozen.flags.writeable = False
+    for call, arguments in (
+        (kernel.product, ((x,), half, small)),
+        (kernel.product, ((), half, out)),
+        (kernel.product, ((x, small), half, out)),
+        (kernel.product, ((x, 5), half, out)),
+        (kernel.product, ([x], half, out)),
+        (kernel.product, ((x,), small, out)),
+        (kernel.product, ((strided,), half, out)),
+        (kernel.product, ((x,), half, frozen)),
+        (kernel.running, (x, small, np.zeros((8, w), np.uint8))),
+        (kernel.running, (x, np.zeros(kernel.element_bytes(), np.uint8), out)),
+        (kernel.unwind, (x, small, np.zeros((8, w), np.uint8), out)),
+        (kernel.unwind, (x, np.zeros(kernel.element_bytes(), np.uint8), out, out)),
+        (kernel.add_blocks, (x, half, out)),
+        (kernel.check, (x, half)),
+        (kernel.logarithms, (x, out)),
+        (kernel.shared_base_powers, (x, b"12", 0, out)),
+        (kernel.shared_base_powers, (x, b"123", 2, out)),
+        (kernel.shared_base_powers, (x, b"", 2, out)),
+        (kernel.shared_base_powers, (x, b"12", 1, out)),
+        (kernel.shared_base_powers, (x, b"12", -1, out)),
+        (kernel.weighted_products, (x, b"123", 1, 0, out)),
+        (kernel.weighted_products, (x, b"123", 1, 17, out)),
+        (kernel.weighted_products, (x, b"12", 1, 4, out)),
+        (kernel.weighted_products, (x, b"123", 1, 4, b"")),
+        (kernel.table, (x, 0, 4, 1)),
+        (kernel.table, (x, 17, 4, 1)),
+        (kernel.table, (x, 2, 4, 5)),
+        (kernel.table, (x, 2, 1 << 40, 1)),
+        (kernel.table(x, 2, 4, 2).fill, (2,)),
+        (kernel.table(x, 2, 4, 2).fill, (-1,)),
+        (kernel.table(x, 2, 4, 2).powers, (b"1", 1, None, np.zeros((3, w), np.uint8))),
+        (_kernel.Modulus, (b"",) * 3),
+        (_kernel.Modulus, (bytes(b), bytes(b), bytes(w))),
+        (_kernel.Modulus, (bytes([2]) * b, bytes(b), bytes(w))),
+        (_kernel.Modulus, (bytes([1]) * b, bytes(b), bytes(b))),
+        (_kernel.Modulus, (bytes([1]) * 1025, bytes(1025), bytes(2050))),
+        (_kernel.radix_bits, (0,)),
+    ):
+        with pytest.raises((ValueError, TypeError, BufferError)):
+            call(*arguments)
+    with pytest.raises(TypeError):
+        type(kernel.table(x, 2, 4, 2))()  # only a modulus makes tables
+
+
+@needs_kernel
+def test_threads_share_one_table() -> None:
+    n = EVERY[8]
+    arithmetic = native.Arithmetic(n)
+    bases = [secrets.randbelow(n * n) for _ in range(8)]
+    table = arithmetic.fixed_base_table(bases, 256, 2000)
+    exponents = [secrets.randbits(256) for _ in range(12)]
+    found: dict[int, list[int]] = {}
+
+    def work(i: int) -> None:
+        found[i] = to_integers(table.powers(from_integers(exponents[i : i + 1], 32)))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(exponents))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, exponent in enumerate(exponents):
+        assert found[i] == [pow(base, exponent, n * n) for base in bases]
+
+
+# --- which back end --------------------------------------------------------------------------
+
+
+def test_the_kernel_can_be_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    n = EVERY[8]
+    monkeypatch.setenv("DTL_KERNEL", "gmpy2")
+    assert residues.kernel_name() == "gmpy2"
+    assert residues.why_not_native()
+    assert isinstance(residues.arithmetic(n), portable.Arithmetic)
+    monkeypatch.setenv("DTL_KERNEL", "abacus")
+    with pytest.raises(UsageError, match="expected native or gmpy2, found abacus"):
+        residues.kernel_name()
+    monkeypatch.setattr(native, "_missing", "no such luck")
+    monkeypatch.setenv("DTL_KERNEL", "native")
+    with pytest.raises(UsageError, match="no such luck"):
+        residues.kernel_name()
+    monkeypatch.delenv("DTL_KERNEL")
+    assert residues.kernel_name() == "gmpy2"
+    assert residues.why_not_native() == "no such luck"
+
+
+@needs_kernel
+def test_native_is_what_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DTL_KERNEL", raising=False)
+    assert residues.kernel_name() == "native"
+    assert residues.why_not_native() is None
+    assert isinstance(residues.arithmetic(EVERY[8]), native.Arithmetic)
+    for unsupported in (EVERY[8] + 1, (1 << 8208) - 1, (1 << 129) - 1, (1 << 240) - 1):
+        assert isinstance(residues.arithmetic(unsupported), portable.Arithmetic)
+
+
+def test_version_names_the_kernel(dtl: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert dtl("--version").out.count("\n") == 1
+    monkeypatch.setenv("DTL_KERNEL", "gmpy2")
+    found = dtl("--version", "--verbose").out
+    assert "kernel: gmpy2 (not native: " in found
+    monkeypatch.setenv("DTL_KERNEL", "abacus")
+    assert "abacus" in dtl("--version", "--verbose", code=2).err
+
+
+@needs_kernel
+@pytest.mark.parametrize("masks", [False, True])
+def test_both_back_ends_write_the_same_files(
+    new_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch, masks: bool
+) -> None:
+    """With the randomness fixed, uploads and results are the same byte for byte."""
+
+    def drawn(key: object, groups: int) -> Bytes:
+        generator = np.random.default_rng(7)
+        return generator.integers(0, 256, (groups, 32), np.uint8)
+
+    monkeypatch.setattr(scheme, "fresh_randomness", drawn)
+    monkeypatch.setattr(secrets, "randbits", lambda bits: (1 << bits) // 3)
+    monkeypatch.setattr(secrets, "randbelow", lambda bound: bound // 5)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    round_ = new_round(masks=masks)
+    given = {name: random_arrays(n) for n, name in enumerate(round_.names)}
+    ledgers = {path: path.read_bytes() for path in round_.keys.glob("*.ledger")}
+    results = []
+    for kernel in ("native", "gmpy2"):
+        for path, content in ledgers.items():
+            path.write_bytes(content)
+        monkeypatch.setenv("DTL_KERNEL", kernel)
+        uploads = round_.uploads(given, "--rounding-seed", "5" * 64, tag=kernel)
+        total = round_.aggregate(uploads, out=f"{kernel}.enc")
+        release = round_.release(total, out=f"{kernel}.release")
+        opened = round_.open(release, "alice", out=f"{kernel}.safetensors")
+        results.append([path.read_bytes() for path in (*uploads, total, opened)])
+    assert results[0] == results[1]
+
+
+# --- memory ----------------------------------------------------------------------------------
+
+
+@needs_kernel
+def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
+    """Build it with -fsanitize=address,undefined, and run these very tests on that build."""
+    compiler = shutil.which(os.environ.get("CC", "gcc"))
+    if compiler is None:
+        pytest.skip("no compiler")
+    import sysconfig
+
+    def run(*command: object, **options: Any) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            [*map(str, command)], check=False, capture_output=True, text=True, **options
+        )
+
+    flags = ["-std=c11", "-O1", "-g", "-fPIC", "-shared", "-fno-sanitize-recover=all"]
+    flags += ["-fsanitize=address,undefined", f"-I{sysconfig.get_paths()['include']}"]
+    built = tmp_path / "_kernel.abi3.so"
+    sources = [CRYPTO / "_kernel.c", CRYPTO / "_ifma.c"]
+    made = subprocess.run(
+        [compiler, *flags, *sources, "-o", built], capture_output=True, text=True, check=False
+    )
+    library = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    if made.returncode or not Path(library).is_absolute():
+        pytest.skip(f"the compiler has no sanitizers: {made.stderr[-200:]}")
+    code = (
+        "import importlib.machinery, importlib.util, sys\n"
+        "loader = importlib.machinery.ExtensionFileLoader('dtl.core.crypto._kernel', sys.argv[1])\n"
+        "spec = importlib.util.spec_from_loader(loader.name, loader)\n"
+        "module = importlib.util.module_from_spec(spec)\n"
+        "loader.exec_module(module)\n"
+        "import dtl.core.crypto\n"
+        "sys.modules[loader.name] = dtl.core.crypto._kernel = module\n"
+        "from tests import test_kernel as t\n"
+        "assert t.native._kernel is module\n"
+        "for n in t.EVERY[2:21:3] + t.EVERY[-1:]:\n"
+        "    t.test_every_operation_is_the_integers_one(t.native.Arithmetic, n)\n"
+        "for n in t.EVERY[2:21:6]:\n"
+        "    t.test_every_power_is_the_integers_one(t.native.Arithmetic, n)\n"
+        "t.test_empty_batches(); t.test_wrong_arguments_raise(); t.test_threads_share_one_table()\n"
+        "t.test_what_must_be_refused_is(t.native.Arithmetic)\n"
+        "print('clean')\n"
+    )
+    environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
+    found = run(sys.executable, "-c", code, built, cwd=CRYPTO.parent.parent, env=environment)
+    assert found.stdout.strip() == "clean", found.stderr[-4000:]
