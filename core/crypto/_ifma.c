@@ -861,6 +861,7 @@ int ifma_shared_powers(const ifma_modulus *mod, const uint8_t *bases, size_t cou
     release(memory, size);
     release(digit_memory, digits_size);
     memset(used, 0, buckets);
+    __asm__ volatile("" : : "r"(used) : "memory");
     free(used);
     return IFMA_OK;
 }
