@@ -9,7 +9,6 @@ Source: PROTOCOL.md, section 7; Bonawitz et al. (CCS 2017) without their double 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
 from dtl.core.crypto.primitives import KEY_BYTES, derive, fields, keystream, u32
 from dtl.core.crypto.residues import Bytes, from_integers, to_integers
@@ -20,7 +19,7 @@ EXTRA_BYTES = 16
 Key = tuple[int, bytes]
 """(sign, round key): +1 where the mask is added, -1 where it is subtracted."""
 
-_LIMB = 1 << 32
+_LIMB_BITS = 32
 
 
 def pair_seed(root: bytes, job_id: bytes, first: str, second: str) -> bytes:
@@ -50,26 +49,19 @@ def mask_sums(keys: Sequence[Key], first: int, count: int, width: int) -> list[i
     """The signed sum of all masks for blocks first, ..., first + count - 1; not yet reduced.
 
     `width` is that of a block in bytes. The keystreams are added up as columns of 32-bit
-    limbs; only the sums become numbers.
+    limbs, lifted so that none is negative; only the sums become numbers.
     """
     stride = width + EXTRA_BYTES
-    totals = [0] * count
-    for sign in (1, -1):
-        limbs = np.zeros((count, stride // 4), np.uint64)
-        for key_sign, key in keys:
-            if key_sign == sign:
-                stream = keystream(key, first * stride, count * stride)
-                limbs += np.frombuffer(stream, "<u4").reshape(count, -1)
-        low = to_integers(_limb_bytes(limbs % _LIMB))
-        high = to_integers(_limb_bytes(limbs // _LIMB))
-        totals = [
-            total + sign * (a + (b << 32)) for total, a, b in zip(totals, low, high, strict=True)
-        ]
-    return totals
-
-
-def _limb_bytes(limbs: NDArray[np.uint64]) -> Bytes:
-    return limbs.astype("<u4").view(np.uint8)
+    lift = len(keys) << _LIMB_BITS
+    limbs = np.full((count, stride // 4), lift, np.int64)
+    for sign, key in keys:
+        stream = np.frombuffer(keystream(key, first * stride, count * stride), "<u4")
+        change = np.add if sign > 0 else np.subtract
+        change(limbs, stream.reshape(count, -1), out=limbs)
+    words = limbs.astype("<u8", copy=False).view("<u4").reshape(count, -1, 2)
+    low, high = (to_integers(np.ascontiguousarray(words[..., k]).view(np.uint8)) for k in (0, 1))
+    lifted = sum(lift << (_LIMB_BITS * place) for place in range(stride // 4))
+    return [a + (b << _LIMB_BITS) - lifted for a, b in zip(low, high, strict=True)]
 
 
 def add_masks(blocks: Bytes, keys: Sequence[Key], first: int, modulus: int) -> Bytes:

@@ -91,6 +91,11 @@ class FixedPoint:
         return self.max_value // self.participants
 
     @property
+    def largest_step(self) -> float:
+        """The real number that max_step stands for."""
+        return self.max_step / self.one
+
+    @property
     def max_sum(self) -> int:
         """The largest |e| of a sum of contributions: n e_max."""
         return self.participants * self.max_step

@@ -15,7 +15,6 @@ from dtl.core.encoding.fixed_point import Integers
 from dtl.core.errors import UsageError, VerificationError
 
 Blocks = NDArray[np.uint8]
-_WORD_BITS = 64
 
 
 @dataclass(frozen=True)
@@ -52,11 +51,13 @@ class Packing:
         """Pack |e| < 2^(B-1) into `blocks` blocks, the unused slots zero."""
         slots = np.zeros((blocks * self.slots), np.int64)
         slots[: integers.size] = integers
-        biased = (slots + (1 << (self.slot_bits - 1))).astype("<u8")
-        bits = np.unpackbits(biased.view(np.uint8).reshape(-1, 8), axis=1, bitorder="little")
-        rows = bits[:, : self.slot_bits].reshape(blocks, -1)
+        words = (slots + (1 << (self.slot_bits - 1))).astype("<u8").view(np.uint8).reshape(-1, 8)
+        if self.slot_bits % 8:
+            bits = np.unpackbits(words, axis=1, bitorder="little")[:, : self.slot_bits]
+            data = np.packbits(bits.reshape(blocks, -1), axis=1, bitorder="little")
+        else:
+            data = words[:, : self.slot_bits // 8].reshape(blocks, -1)
         packed = np.zeros((blocks, self.block_width), np.uint8)
-        data = np.packbits(rows, axis=1, bitorder="little")
         packed[:, : data.shape[1]] = data
         return self._each(packed, lambda value: (value - self._bias) % self.modulus)
 
@@ -74,11 +75,15 @@ class Packing:
             return biased
 
         data = self._each(packed, shifted)
-        bits = np.unpackbits(data, axis=1, bitorder="little")[:, : self.slots * self.slot_bits]
-        words = np.zeros((len(packed) * self.slots, _WORD_BITS), np.uint8)
-        words[:, : self.slot_bits] = bits.reshape(-1, self.slot_bits)
-        biased = np.packbits(words, axis=1, bitorder="little").view("<u8").ravel()
-        integers = biased.astype(np.int64) - (1 << (self.slot_bits - 1))
+        words = np.zeros((len(packed) * self.slots, 8), np.uint8)
+        used = self.slots * self.slot_bits
+        if self.slot_bits % 8:
+            bits = np.unpackbits(data, axis=1, bitorder="little")[:, :used]
+            bytes_of = np.packbits(bits.reshape(-1, self.slot_bits), axis=1, bitorder="little")
+        else:
+            bytes_of = data[:, : used // 8].reshape(-1, self.slot_bits // 8)
+        words[:, : bytes_of.shape[1]] = bytes_of
+        integers = words.view("<i8").ravel() - (1 << (self.slot_bits - 1))
         if integers[values:].any():
             raise VerificationError("the padding is not zero")
         return integers[:values]

@@ -70,6 +70,10 @@ class SafetensorsFile:
             self.close()
             raise
 
+    def stamp_now(self) -> tuple[int, ...]:
+        """The stamp of the open file as it is now."""
+        return stamp_of(self._descriptor)
+
     def close(self) -> None:
         """Close the file."""
         if self._descriptor >= 0:

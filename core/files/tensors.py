@@ -244,7 +244,7 @@ class _SafetensorsTensors:
             yield self._file.read(info.start + start, min(step, info.length - start))
 
     def stamp(self) -> tuple[int, ...]:
-        return self._file.stamp
+        return self._file.stamp_now()
 
     def close(self) -> None:
         self._file.close()

@@ -1,17 +1,17 @@
 """A participant encrypts its gradients (protocol, section 8, step 1)."""
 
-import hashlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 from dtl.core import defaults
-from dtl.core.crypto import masks, primitives, proof, scheme
+from dtl.core.crypto import primitives, proof, scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes
-from dtl.core.encoding.fixed_point import Integers, Rounding
+from dtl.core.encoding.fixed_point import Reals, Rounding
 from dtl.core.errors import (
     DtlError,
     FormatError,
@@ -33,12 +33,10 @@ from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensors import TensorFile
 from dtl.core.parallel import DEFAULT_WORK, Work
-from dtl.core.progress import ProgressCallback, silent
 from dtl.core.roles.participant.basis import Basis, mask_keys
+from dtl.core.roles.participant.preparing import PREPARE_GROUPS, Preparation, Remembered
 
 logger = logging.getLogger("dtl")
-
-ENCRYPT_GROUPS = 32  # groups a task
 
 
 @dataclass(frozen=True)
@@ -94,18 +92,8 @@ def encrypt_gradients(
             roster=job.roster_digest,
             masked=job.masks,
         )
-        # A first pass finds bad input before the ledger is touched.
-        encoded = _Encoded(job, source, scale, options.rounding)
-        for _ in encoded.batches(work.progress):
-            pass
-        clamped = encoded.clamped
-        if clamped:
-            logger.warning(
-                "%d of %d values were clamped: a contribution stays within +-%g in this job",
-                clamped,
-                header.values,
-                job.fixed_point.max_step / job.fixed_point.one,
-            )
+        stamp = source.stamp()
+        _check_finite(source, header.values, work)  # before the ledger is touched
         with Ledger(key) as ledger:
             done = _check_only_upload(ledger, basis, options.accept_differencing)
             if done is not None:
@@ -117,15 +105,37 @@ def encrypt_gradients(
                 return UploadReport(_written_header(output), done, None)
             _check_not_resaved(ledger, basis, options)
             _remove_unrecorded(key, ledger, output)
-            blocks = _Blocks(job, encoded, mask_keys(key, basis))
+            preparation = Preparation(
+                job.fixed_point, job.packing, scale, options.rounding, tuple(mask_keys(key, basis))
+            )
+
+            def pieces() -> Iterator[Reals]:
+                size = PREPARE_GROUPS * COMPONENTS * job.packing.slots
+                return tensors.in_batches(tensors.values(source), size)
+
             with AtomicOutput(output, force) as file:
                 shape = job.residue_shape(header.values)
                 shapes = {PROOF: (proof.proof_length(job.public_key, shape[0]),), RESIDUES: shape}
                 writer = ContainerWriter(file, header.encode(), shapes)
                 randomness = scheme.fresh_randomness(job.public_key, shape[0])
-                for piece in _encrypted(job, blocks, randomness, work):
-                    writer.write(RESIDUES, piece)
-                _write_proof(key, header, blocks, randomness, writer, work)
+                remembered, clamped = _encrypt(
+                    job.public_key,
+                    preparation,
+                    pieces(),
+                    randomness,
+                    lambda residues: writer.write(RESIDUES, residues),
+                    work,
+                )
+                if source.stamp() != stamp:
+                    raise FormatError(f"{gradients}: the file changed while it was read")
+                if clamped:
+                    logger.warning(
+                        "%d of %d values were clamped: a contribution stays within +-%g",
+                        *(clamped, header.values, job.fixed_point.largest_step),
+                    )
+                blocks = remembered.again(preparation, pieces, str(gradients), work)
+                residues_hash = writer.tensor_hash(RESIDUES)
+                writer.write(PROOF, _prove(key, header, residues_hash, blocks, randomness, work))
                 digest = writer.finish(header.kind, key.secrets.sign)
                 file.seal(digest)
                 entry = UploadEntry(
@@ -222,93 +232,76 @@ def _basis(source: TensorFile, options: UploadOptions) -> Basis:
     )
 
 
+def _check_finite(source: TensorFile, total: int, work: Work) -> None:
+    """Raise NumericError for NaN or infinity."""
+    done = 0
+    for reals in tensors.values(source):
+        done += reals.size
+        work.progress("check gradients", done, total)
+
+
 def _checked_round(number: int, least: int) -> int:
     if not least <= number < 1 << 32:
         raise UsageError(f"--round: expected at least {least}, found {number}")
     return number
 
 
-class _Encoded:
-    """The gradients as integers, batch by batch; can be run through more than once."""
-
-    def __init__(self, job: Job, source: TensorFile, scale: float, rounding: Rounding) -> None:
-        self._job, self._source = job, source
-        self._scale, self._rounding = scale, rounding
-        self._total = sum(spec.values for spec in source.layout)
-        self.digest, self.clamped = b"", 0
-
-    def batches(self, progress: ProgressCallback = silent) -> Iterator[Integers]:
-        """Integers of ENCRYPT_GROUPS groups at a time; sets `digest` and `clamped`.
-
-        Raises FormatError when another pass gave other integers: the file has changed.
-        """
-        fixed_point, state = self._job.fixed_point, hashlib.sha512()
-        size = ENCRYPT_GROUPS * COMPONENTS * self._job.packing.slots
-        start = self.clamped = 0
-        for reals in tensors.in_batches(tensors.values(self._source), size):
-            integers, clamped = fixed_point.encode_step(reals, self._scale, self._rounding, start)
-            start += integers.size
-            self.clamped += clamped
-            state.update(integers.tobytes())
-            progress("check gradients", start, self._total)
-            yield integers
-        if self.digest not in (b"", state.digest()):
-            raise FormatError(f"{self._source.path}: the file changed while it was read")
-        self.digest = state.digest()
-
-
-class _Blocks:
-    """The masked blocks of an upload, batch by batch; can be run through more than once."""
-
-    def __init__(self, job: Job, encoded: _Encoded, keys: list[masks.Key]) -> None:
-        self._job, self._encoded, self._keys = job, encoded, keys
-
-    def batches(self) -> Iterator[tuple[int, Bytes]]:
-        """(first group, blocks [G, 7, block width]), ENCRYPT_GROUPS groups at a time."""
-        job, first = self._job, 0
-        for integers in self._encoded.batches():
-            count = job.groups(integers.size)
-            packed = job.packing.pack(integers, count * COMPONENTS)
-            masked = masks.add_masks(packed, self._keys, first * COMPONENTS, job.N)
-            yield first, masked.reshape(count, COMPONENTS, -1)
-            first += count
-
-
-def _encrypted(job: Job, blocks: _Blocks, randomness: Bytes, work: Work) -> Iterator[bytes]:
-    """The residues of an upload, ENCRYPT_GROUPS groups at a time."""
+def _encrypt(
+    key: PublicKey,
+    preparation: Preparation,
+    pieces: Iterator[Reals],
+    randomness: Bytes,
+    write: Callable[[bytes], None],
+    work: Work,
+) -> tuple[Remembered, int]:
+    """Encrypt all groups; returns what the proof needs of the blocks, and how many were clamped."""
     groups = len(randomness)
+    remembered = Remembered(groups * preparation.group_bytes)
+    clamped = 0
     tasks = (
-        (job.public_key, batch, randomness[first : first + len(batch)], groups)
-        for first, batch in blocks.batches()
+        (key, preparation, reals, first, randomness[first : first + PREPARE_GROUPS], groups)
+        for first, reals in zip(count(0, PREPARE_GROUPS), pieces, strict=False)
     )
-    total = -(-groups // ENCRYPT_GROUPS)
-    yield from work.map("encrypt", _encrypt_chunk, tasks, total)
+    total = -(-groups // PREPARE_GROUPS)
+    for residues, blocks, more in work.map("encrypt", _encrypt_chunk, tasks, total):
+        write(residues)
+        remembered.add(blocks)
+        clamped += more
+    return remembered, clamped
 
 
-def _write_proof(
+def _encrypt_chunk(
+    key: PublicKey,
+    preparation: Preparation,
+    reals: Reals,
+    first: int,
+    randomness: Bytes,
+    groups: int,
+) -> tuple[bytes, Bytes, int]:
+    blocks, clamped = preparation.blocks(reals, first)
+    return scheme.encrypt(key, blocks, randomness, groups).tobytes(), blocks, clamped
+
+
+def _prove(
     key: Key,
     header: UploadHeader,
-    blocks: _Blocks,
+    residues_hash: bytes,
+    blocks: Iterator[Bytes],
     randomness: Bytes,
-    writer: ContainerWriter,
     work: Work,
-) -> None:
-    """Prove the upload (protocol, section 6), in a second pass over its blocks."""
+) -> bytes:
+    """The proof of an upload (protocol, section 6), from the blocks that were encrypted."""
     public, groups = key.job.public_key, len(randomness)
     witness, d = proof.commit(public, groups)
     signing_key = primitives.signing_public_key(key.secrets.sign)
-    residues_hash = writer.tensor_hash(RESIDUES)
     rho = proof.weights(public, header.encode(), signing_key, groups, residues_hash, d)
     responder = proof.Responder(public, witness)
-    for first, batch in blocks.batches():
-        end = first + len(batch)
+    end = 0
+    for batch in blocks:
+        first, end = end, end + len(batch)
         responder.add(rho[first:end], randomness[first:end], batch)
         work.progress("prove", end, groups)
-    writer.write(PROOF, proof.encode(public, groups, responder.proof(d)))
-
-
-def _encrypt_chunk(key: PublicKey, blocks: Bytes, randomness: Bytes, groups: int) -> bytes:
-    return scheme.encrypt(key, blocks, randomness, groups).tobytes()
+    return proof.encode(public, groups, responder.proof(d))
 
 
 def _check_only_upload(ledger: Ledger, basis: Basis, accept_differencing: bool) -> str | None:
