@@ -21,8 +21,11 @@ check: $(VENV)/.dev .links
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test
-	$(BIN)/python tests/bench.py
+# The table of the README: bench.md.
+bench: $(VENV)/.base
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[bench]'
+	$(BIN)/dtl bench --values 1000000 --markdown > bench.md
+	cat bench.md
 
 bits: $(VENV)/.test
 	$(BIN)/python tests/bits.py

@@ -14,6 +14,7 @@ import typer
 from dtl.cli import (
     aggregate,
     audit,
+    bench,
     close_round,
     compute_grads,
     encrypt_grads,
@@ -73,6 +74,7 @@ _add(ANYONE, split_data.split_data, split_data.EXAMPLE)
 _add(ANYONE, init_model.init_model, init_model.EXAMPLE)
 _add(ANYONE, evaluate.evaluate, evaluate.EXAMPLE)
 _add(ANYONE, simulate.simulate, simulate.EXAMPLE)
+_add(ANYONE, bench.bench, bench.EXAMPLE)
 
 
 def _show_version(context: typer.Context, wanted: bool) -> None:

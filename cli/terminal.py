@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -70,10 +70,10 @@ class WarningHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Print one warning."""
-        message = escape(_plain_text(record.getMessage()))
+        message = record.getMessage()
         if message not in self._printed:
             self._printed.add(message)
-            _errors().print(f"[yellow]dtl: warning:[/] {message}")
+            show_warning(message)
 
 
 def set_up_warnings() -> None:
@@ -95,6 +95,30 @@ def show_result(result: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
             for label, text in _rows(name.replace("_", " "), value):
                 table.add_row(label, escape(_plain_text(text)))
         Console(highlight=False).print(table)
+
+
+def show_table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], markdown: bool, quiet: bool
+) -> None:
+    """Print a table: text in the first column, figures in the others."""
+    if quiet:
+        return
+    if markdown:
+        rules = ["---", *["---:"] * (len(heads) - 1)]
+        for row in (heads, rules, *rows):
+            sys.stdout.write(f"| {' | '.join(row)} |\n")
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    for number, head in enumerate(heads):
+        table.add_column(head, justify="right" if number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(escape, row))
+    Console(highlight=False).print(table)
+
+
+def show_warning(text: str) -> None:
+    """Print a warning."""
+    _errors().print(f"[yellow]dtl: warning:[/] {escape(_plain_text(text))}")
 
 
 def show_blank_line(quiet: bool) -> None:

@@ -23,6 +23,7 @@ FLOORS = [
     "dtl.core.public",
     "dtl.core.roles",
     "dtl.core.learning",
+    "dtl.core.benchmark",
     "dtl.cli",
 ]
 SOURCES = sorted([*ROOT.glob("core/**/*.py"), *ROOT.glob("cli/**/*.py")])
