@@ -19,14 +19,17 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
+    TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from dtl.core.errors import DtlError
 from dtl.core.progress import ProgressCallback, silent
@@ -149,6 +152,22 @@ def _rows(label: str, value: Any) -> Iterator[tuple[str, str]]:
             yield label, str(value)
 
 
+class _RateColumn(ProgressColumn):
+    """How much is done a second: values, bytes, or whatever the step counts."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{_amount(speed)}/s" if speed else "", style="progress.data.speed")
+
+
+def _amount(number: float) -> str:
+    """A number in three figures: 950, 12.3 k, 4.56 M."""
+    units = ["", " k", " M", " G"]
+    while number >= 1000 and len(units) > 1:
+        number, units = number / 1000, units[1:]
+    return f"{number:.3g}{units[0]}"
+
+
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[ProgressCallback]:
     """A callback for core's progress: a bar a step on a terminal, nothing elsewhere."""
@@ -160,7 +179,8 @@ def progress_bar(quiet: bool) -> Iterator[ProgressCallback]:
     with Progress(
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        _RateColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
         console=console,

@@ -49,13 +49,15 @@ class Work:
         total: int,
         serial_below: int = SERIAL_TASKS,
         kernel: bool = True,
+        values: int | None = None,
     ) -> Iterator[Result]:
         """Yield function(*task) for all `total` tasks, in order; `step` names the work.
 
         `tasks` may be a generator; it is consumed only as fast as results are taken. Where
         processes are needed, fewer than `serial_below` tasks run in this one. `kernel` says
-        that the function spends its time in batch arithmetic. An exception of the function
-        is raised here.
+        that the function spends its time in batch arithmetic. `values` is what all tasks
+        stand for together, and then what progress counts. An exception of the function is
+        raised here.
         """
         from dtl.core.crypto.residues import NATIVE, kernel_name  # noqa: PLC0415  (needs numpy)
 
@@ -68,9 +70,10 @@ class Work:
             results = _threads(function, tasks, workers)
         else:
             results = _processes(function, tasks, workers)
-        self.progress(step, 0, total)
+        units = total if values is None else values
+        self.progress(step, 0, units)
         for done, result in enumerate(results, 1):
-            self.progress(step, done, total)
+            self.progress(step, units * done // total, units)
             yield result
 
 

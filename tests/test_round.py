@@ -1,5 +1,12 @@
 """One training round and the next, through the command line, against the plaintext computation."""
 
+import contextlib
+import io
+import os
+import pty
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -253,3 +260,27 @@ def test_gradients_and_models_carry_their_basis(new_round: NewRound, dtl: Cli) -
     assert after["loss"] < before["loss"]
     described = dtl("inspect", round_.folder / "w2.npz", "--json").json
     assert described["round"] == 2
+
+
+def test_progress_counts_values_and_tells_the_rate_on_a_terminal(new_round: NewRound) -> None:
+    round_ = new_round()
+    gradients = round_.save("g.safetensors", {"x": np.ones(60_000, np.float32)})
+    command = [
+        *(sys.executable, "-c", "from dtl.cli.app import main; main()", "encrypt-grads"),
+        *(str(gradients), "--round", "1", "--key", str(round_.key("alice"))),
+        *("-o", str(round_.folder / "u")),
+    ]
+    seen = io.BytesIO()
+    master, slave = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen(command, stderr=slave, stdout=subprocess.PIPE, env=environment):
+        os.close(slave)
+        with contextlib.suppress(OSError):  # how a terminal says that nobody is there any more
+            while part := os.read(master, 1 << 16):
+                seen.write(part)
+    os.close(master)
+    text = seen.getvalue().decode()
+    assert "encrypt" in text
+    assert "prove" in text
+    assert "100%" in text
+    assert re.search(r"[0-9.]+ [kM]/s", text)

@@ -221,12 +221,13 @@ def products(
     rows = [upload.rows for upload in sorted(uploads, key=lambda upload: upload.header.signer)]
     blocks = _initial_blocks(job, start, PRODUCT_GROUPS) if start and start.weights else None
     parent = start.rows if start else None
-    pieces = spans(job.groups(uploads[0].header.values), PRODUCT_GROUPS)
+    values = uploads[0].header.values
+    pieces = spans(job.groups(values), PRODUCT_GROUPS)
     tasks = (
         (job.public_key, rows, orphans, parent, next(blocks) if blocks else None, *piece)
         for piece in pieces
     )
-    yield from work.map("multiply", _product_chunk, tasks, len(pieces))
+    yield from work.map("multiply", _product_chunk, tasks, len(pieces), values=values)
 
 
 def _product_chunk(

@@ -94,7 +94,9 @@ def check_proof(job: Job, upload: Upload, work: Work) -> None:
         rows, pieces = upload.rows, spans(groups, step)
         tasks = ((key, rows, rho[first : first + count], first, count) for first, count in pieces)
         serial_below = 2 if groups >= POOL_FROM_GROUPS else len(pieces) + 1
-        partial = work.map(f"check {path.name}", _weigh, tasks, len(pieces), serial_below)
+        values = upload.header.values
+        step_name = f"check {path.name}"
+        partial = work.map(step_name, _weigh, tasks, len(pieces), serial_below, values=values)
         proof.verify(key, found, _multiply(key, partial))
     except VerificationError as error:
         raise VerificationError(f"{path}: {error.message}", error.hint) from None

@@ -122,6 +122,7 @@ def encrypt_gradients(
                     job.public_key,
                     preparation,
                     pieces(),
+                    header.values,
                     randomness,
                     lambda residues: writer.write(RESIDUES, residues),
                     work,
@@ -250,6 +251,7 @@ def _encrypt(
     key: PublicKey,
     preparation: Preparation,
     pieces: Iterator[Reals],
+    values: int,
     randomness: Bytes,
     write: Callable[[bytes], None],
     work: Work,
@@ -263,7 +265,8 @@ def _encrypt(
         for first, reals in zip(count(0, PREPARE_GROUPS), pieces, strict=False)
     )
     total = -(-groups // PREPARE_GROUPS)
-    for residues, blocks, more in work.map("encrypt", _encrypt_chunk, tasks, total):
+    encrypted = work.map("encrypt", _encrypt_chunk, tasks, total, values=values)
+    for residues, blocks, more in encrypted:
         write(residues)
         remembered.add(blocks)
         clamped += more
@@ -300,7 +303,7 @@ def _prove(
     for batch in blocks:
         first, end = end, end + len(batch)
         responder.add(rho[first:end], randomness[first:end], batch)
-        work.progress("prove", end, groups)
+        work.progress("prove", header.values * end // groups, header.values)
     return proof.encode(public, groups, responder.proof(d))
 
 

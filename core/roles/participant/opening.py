@@ -197,7 +197,7 @@ def _opened_blocks(
     half = key.half
     tasks = ((job.public_key, half, piece) for piece in _cut(payload, size))
     total = -(-job.groups(manifest.values) // OPEN_GROUPS)
-    yield from work.map("apply the own half", _open_chunk, tasks, total)
+    yield from work.map("apply the own half", _open_chunk, tasks, total, values=manifest.values)
 
 
 def _open_chunk(key: PublicKey, half: tuple[int, ...], data: bytes) -> Bytes:

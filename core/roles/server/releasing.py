@@ -97,7 +97,9 @@ def release(
             writer = ContainerWriter(file, header.encode(), {SEALED: (length,)})
             half, pieces = key.half, uploads.spans(shape[0], HALF_GROUPS)
             tasks = ((job.public_key, half, opened.rows, *piece) for piece in pieces)
-            half_opened = work.map("apply the server's half", _half_chunk, tasks, len(pieces))
+            half_opened = work.map(
+                "apply the server's half", _half_chunk, tasks, len(pieces), values=found.values
+            )
             for chunk in sealed.seal_stream(encryption_key, core, half_opened):
                 writer.write(SEALED, chunk)
             release_digest = writer.finish(header.kind, key.secrets.sign)
