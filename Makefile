@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
 
-.PHONY: demo test check bench bits clean
+.PHONY: demo test check bench bits long clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -29,6 +29,9 @@ bench: $(VENV)/.base
 
 bits: $(VENV)/.test
 	$(BIN)/python tests/bits.py
+
+long: $(VENV)/.test
+	$(BIN)/python tests/long_run.py
 
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
