@@ -19,7 +19,13 @@ from dtl.core.roles.participant import encrypting, preparing
 from tests.helpers import Round, random_arrays
 
 NewRound = Callable[..., Round]
-DTL = [sys.executable, "-c", "from dtl.cli.app import main; main()"]
+# A shell's background jobs inherit that SIGINT is ignored; these commands must not.
+DTL = [
+    sys.executable,
+    "-c",
+    "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    "from dtl.cli.app import main; main()",
+]
 
 
 KERNELS = [
@@ -328,7 +334,11 @@ def test_workers_end_with_a_killed_command(new_round: NewRound) -> None:
         assert process.poll() is None
         workers = [p for p in children(process.pid) if b"LokyProcess" in cmdline(p)]
         time.sleep(0.05)
-    time.sleep(1)
+    # A worker watches its parent from its first task on: wait for the first results.
+    while not any(path.stat().st_size > 1 << 16 for path in hidden(round_.folder)):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.5)
     process.kill()
     process.wait()
     end = time.monotonic() + 20
