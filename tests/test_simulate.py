@@ -359,8 +359,14 @@ def test_odd_folders(simulate: Simulate, dtl: Cli, tmp_path: Path) -> None:
     with simulation_run._only_one(folder):
         error = dtl("simulate", "--resume", "--out", folder, code=5).err
     assert "running there already" in error
-    (folder / "simulation.json").write_text("{}")
-    dtl("simulate", "--resume", "--out", folder, code=3)
+    for name in ("simulation.json", "journal.jsonl", "rounds/001/round.json"):
+        before = (folder / name).read_bytes()
+        for damage in (b"{}\n", b"\xff\n", b"[1]\n"):
+            (folder / name).write_bytes(damage)
+            dtl("simulate", "--resume", "--out", folder, code=3)
+        (folder / name).write_bytes(before)
+    (folder / "rounds" / "001" / "round.json").unlink()
+    dtl("simulate", "--resume", "--out", folder)
 
 
 def test_names_for_a_number_of_participants() -> None:

@@ -10,10 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dtl.core.errors import QuorumError, VerificationError
-from dtl.core.files.atomic import machine_errors, write_file
+from dtl.core.errors import FormatError, QuorumError, VerificationError
+from dtl.core.files.atomic import machine_errors, read_file, write_file
 from dtl.core.files.container import Container
 from dtl.core.files.documents import SERVER, Job, Key
 from dtl.core.files.headers import AnyHeader, ReleaseHeader, ResultHeader, read_header
@@ -30,6 +30,7 @@ from dtl.core.roles import key_center, participant, server
 
 KGC, EVERYBODY = "kgc", "everybody"
 JOB, SHARDS, ROUNDS, INITIAL = "job", "shards", "rounds", "w0.safetensors"
+MAX_RECORD_BYTES = 1 << 20
 STATE, STATE_DTYPE = "optimizer.safetensors", "F64"
 
 
@@ -140,7 +141,7 @@ class Consortium:
         folder = self._folder / ROUNDS / f"{number:03}"
         path = folder / "round.json"
         if path.exists():
-            record = RoundRecord.model_validate_json(path.read_bytes())
+            record = _read_record(path)
         else:
             with machine_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -392,6 +393,15 @@ class Consortium:
 
     def _paths(self, files: Sequence[str]) -> list[Path]:
         return [self._folder / file for file in files]
+
+
+def _read_record(path: Path) -> RoundRecord:
+    try:
+        return RoundRecord.model_validate_json(read_file(path, MAX_RECORD_BYTES))
+    except ValidationError:
+        raise FormatError(
+            f"{path}: expected what became of a round", "remove it, and --resume makes it anew"
+        ) from None
 
 
 def _file(number: int, name: str) -> str:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from dtl.core.errors import FormatError
 from dtl.core.files.atomic import machine_errors
 
 
@@ -35,7 +36,12 @@ class Journal:
         with suppress(FileNotFoundError):
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave a torn last line
-            self.steps = [Step(**json.loads(line)) for line in whole.splitlines()]
+            try:
+                self.steps = [Step(**json.loads(line)) for line in whole.splitlines()]
+            except (TypeError, ValueError):
+                raise FormatError(
+                    f"{path}: expected a step a line", "remove it: only times and commands are lost"
+                ) from None
             if whole != data:
                 path.write_bytes(whole)
         self._known = {(step.round, step.party, step.step) for step in self.steps}
