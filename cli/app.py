@@ -13,6 +13,7 @@ import typer
 
 from dtl.cli import (
     aggregate,
+    apply_sum,
     audit,
     bench,
     close_round,
@@ -65,6 +66,7 @@ _add(PARTICIPANT, compute_grads.compute_grads, compute_grads.EXAMPLE)
 _add(PARTICIPANT, encrypt_grads.encrypt_grads, encrypt_grads.EXAMPLE)
 _add(PARTICIPANT, reveal_masks.reveal_masks, reveal_masks.EXAMPLE)
 _add(PARTICIPANT, open_model.open_model, open_model.EXAMPLE)
+_add(PARTICIPANT, apply_sum.apply_sum, apply_sum.EXAMPLE)
 _add(SERVER, aggregate.aggregate, aggregate.EXAMPLE)
 _add(SERVER, close_round.close_round, close_round.EXAMPLE)
 _add(SERVER, release_model.release_model, release_model.EXAMPLE)

@@ -75,6 +75,14 @@ class RoundingName(StrEnum):
     NEAREST = "nearest"
 
 
+class OptimizerName(StrEnum):
+    """How weights move along gradients."""
+
+    SGD = "sgd"
+    MOMENTUM = "momentum"
+    ADAM = "adam"
+
+
 @dataclass(frozen=True)
 class Output:
     """How a command shows its result."""

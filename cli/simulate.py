@@ -9,6 +9,7 @@ import typer
 from dtl.cli import options
 from dtl.cli.options import (
     JsonOption,
+    OptimizerName,
     Output,
     QuietOption,
     SeedOption,
@@ -23,14 +24,6 @@ EXAMPLE = """Example:
   dtl simulate digits --participants 5 --rounds 30 --alpha 0.3 --drop 0.2 --out uneven
 
   dtl simulate --resume --out uneven   # after an interruption; --rounds 60 goes on further"""
-
-
-class OptimizerName(StrEnum):
-    """Who holds the model: with sgd the server, encrypted; else every participant."""
-
-    SGD = "sgd"
-    MOMENTUM = "momentum"
-    ADAM = "adam"
 
 
 class WeightsName(StrEnum):
@@ -142,7 +135,7 @@ def simulate(
     Every step of every party runs as by hand, on files in the folder of the run. Read
     report.html there, or report.json; commands.sh does the same by hand.
     """
-    from dtl.core.errors import UsageError
+    from dtl.core.errors import DtlError, UsageError
     from dtl.core.learning import simulation
 
     wanted: dict[str, Any] = {
@@ -175,8 +168,11 @@ def simulate(
     else:
         chosen = simulation.new_run(out, wanted)
     output = Output(json, quiet)
-    with output.work(workers) as work:
-        report = simulation.simulate(out, chosen, work)
+    try:
+        with output.work(workers) as work:
+            report = simulation.simulate(out, chosen, work)
+    except KeyboardInterrupt:
+        raise DtlError("interrupted", f"dtl simulate --resume --out {out} goes on") from None
     found = report.summary
     output.show(
         report=str(out / simulation.PAGE),

@@ -169,7 +169,12 @@ class AtomicFolder:
         """Give the finished folder its name."""
         with machine_errors(self.path):
             fsync_folder(self.temporary)
-            self.temporary.rename(self.path)
+            try:
+                self.temporary.rename(self.path)
+            except OSError as error:
+                if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody was faster
+                    check_new_folder(self.path)
+                raise
             fsync_folder(self.path.parent)
 
     def __enter__(self) -> Self:

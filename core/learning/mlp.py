@@ -108,7 +108,7 @@ def local_update(weights: Weights, data: Shard, training: LocalTraining, what: s
     hidden = _hidden_of(weights, data, what)
     samples = len(data.x)
     if training.epochs:
-        lr = training.lr or defaults.LOCAL_LR
+        lr = defaults.LOCAL_LR if training.lr is None else training.lr
         batch = min(samples, training.batch_size or defaults.BATCH_SIZE)
     else:  # one step of lr 1 over the whole batch: the difference is the gradient itself
         lr = 1.0
@@ -128,13 +128,21 @@ def local_update(weights: Weights, data: Shard, training: LocalTraining, what: s
     )
     network = _load(network, weights)
     with np.errstate(over="ignore", invalid="ignore"):
-        for _ in range(training.epochs or 1):
-            network.partial_fit(data.x, data.y)
-    trained = _weights_of(network)
-    difference = {name: weights[name] - trained[name] for name in weights}
-    if not all(np.isfinite(array).all() for array in difference.values()):
-        raise NumericError("local training diverged", "take a smaller --local-lr")
+        try:
+            for _ in range(training.epochs or 1):
+                network.partial_fit(data.x, data.y)
+        except ValueError:  # scikit-learn's own word for weights that are not finite
+            raise _diverged() from None
+        trained = _weights_of(network)
+        difference = {name: weights[name] - trained[name] for name in weights}
+    largest = np.finfo(np.float32).max
+    if not all((np.abs(array) <= largest).all() for array in difference.values()):
+        raise _diverged()
     return difference
+
+
+def _diverged() -> NumericError:
+    return NumericError("local training diverged", "take a smaller learning rate")
 
 
 def evaluate(model: Path, shard: Path) -> tuple[float, float, int]:

@@ -6,15 +6,20 @@ the participants, on the gradient sum that the server released; everyone holds t
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from dtl.core.errors import UsageError
-from dtl.core.learning.mlp import Weights
+from dtl.core.errors import FormatError, UsageError
+from dtl.core.files.headers import check_same_shapes
+from dtl.core.files.tensor_writer import write_arrays
+from dtl.core.files.tensors import make_layout, read_arrays
+from dtl.core.learning.mlp import DTYPE, Weights
 
 MOMENTUM = 0.9
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
+STATE_DTYPE = "F64"
 
 
 class Optimizer(Protocol):
@@ -84,3 +89,38 @@ def make_optimizer(name: str, lr: float, state: Weights | None = None) -> Optimi
     if name not in _KINDS:
         raise UsageError(f"--optimizer: expected {', '.join(NAMES)}, found {name}")
     return _KINDS[name](lr, state or {})
+
+
+@dataclass(frozen=True)
+class StateFiles:
+    """What an optimiser remembered before a step (None: nothing yet), and where it goes after."""
+
+    before: Path | None
+    after: Path | None
+
+
+def apply_sum(
+    total: Path, model: Path, output: Path, optimizer: Optimizer, state: StateFiles, force: bool
+) -> None:
+    """Write the model after one step along a released sum of contributions.
+
+    The new model is named by the sum: uploads based on it say which sum was applied, and
+    their masks cancel only if everybody applied the same. Raises FormatError for files that
+    do not belong together.
+    """
+    contributions, metadata = read_arrays(total)
+    if metadata is None or metadata.kind != "sum":
+        raise FormatError(f"{total}: expected a sum that open-model wrote")
+    weights, _ = read_arrays(model)
+    found, expected = (make_layout(arrays, DTYPE) for arrays in (contributions, weights))
+    check_same_shapes(found, expected, total, model)
+    if state.before is not None:
+        optimizer.state = read_arrays(state.before)[0]
+    try:
+        stepped = optimizer.step(weights, contributions)
+    except KeyError as error:
+        raise FormatError(f"{state.before}: not the state of this optimizer: {error}") from None
+    if state.after is not None and optimizer.state:
+        write_arrays(state.after, optimizer.state, STATE_DTYPE, None, force=True)
+    named = metadata.model_copy(update={"kind": "weights"})
+    write_arrays(output, stepped, DTYPE, named, force)

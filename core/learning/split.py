@@ -113,9 +113,10 @@ def _split(data: Shard, names: list[str], options: SplitOptions) -> dict[str, Sh
     test, train = order[:cut], order[cut:]
     if not cut or len(train) < _MIN_SAMPLES * len(names):
         raise UsageError(f"{len(order)} samples are too few for {len(names)} participants")
-    mean, deviation = data.x[train].mean(axis=0), data.x[train].std(axis=0)
-    deviation[deviation == 0] = 1
-    scaled = Shard((data.x - mean) / deviation, data.y, data.classes)
+    with np.errstate(over="ignore", invalid="ignore"):  # a Shard must be finite, and says so
+        mean, deviation = data.x[train].mean(axis=0), data.x[train].std(axis=0)
+        deviation[deviation == 0] = 1
+        scaled = Shard((data.x - mean) / deviation, data.y, data.classes)
     if options.alpha is None:
         parts = np.array_split(train, len(names))
     else:

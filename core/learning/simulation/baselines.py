@@ -5,13 +5,16 @@ model, every one, in every round. The others show what encryption and joining fo
 training in float64 without rounding, on the pooled data, and everyone alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dtl.core.encoding.fixed_point import FixedPoint
+from dtl.core.errors import NumericError
 from dtl.core.files.shards import Shard
 from dtl.core.files.tensors import VectorDigest, from_reals, make_layout, to_reals
 from dtl.core.learning import mlp
@@ -33,6 +36,11 @@ class Learner:
     def step(self, gradient: Weights) -> None:
         """Move along a gradient, or a sum of contributions."""
         self.weights = self.optimizer.step(self.weights, gradient)
+
+    def step_alone(self, gradient_at: Callable[[Weights], Weights]) -> None:
+        """Train on by oneself; one that diverges keeps its last weights, and its bad score."""
+        with suppress(NumericError):
+            self.step(gradient_at(self.weights))
 
 
 class Baselines:
@@ -64,25 +72,24 @@ class Baselines:
         training goes on in every round.
         """
         for name, learner in self.alone.items():
-            learner.step(self._gradient(learner.weights, number, name, self._shards[name]))
-        pooled = self._gradient(self.central.weights, number, CENTRAL, self._pooled)
-        self.central.step(pooled)
+            learner.step_alone(partial(self._gradient, number, name, self._shards[name]))
+        self.central.step_alone(partial(self._gradient, number, CENTRAL, self._pooled))
         if not contributors:
             return None
         total: Weights = {}
         for name in contributors:
-            gradient = self._gradient(self.float.weights, number, name, self._shards[name])
+            gradient = self._gradient(number, name, self._shards[name], self.float.weights)
             for tensor, array in gradient.items():
                 total[tensor] = total.get(tensor, 0) + self._shares[name] * array
         self.float.step(total)
         weights = self.twin.weights
         return self.twin.advance(
             number,
-            {n: self._gradient(weights, number, n, self._shards[n]) for n in contributors},
+            {n: self._gradient(number, n, self._shards[n], weights) for n in contributors},
             self._shares,
         )
 
-    def _gradient(self, weights: Weights, number: int, name: str, data: Shard) -> Weights:
+    def _gradient(self, number: int, name: str, data: Shard, weights: Weights) -> Weights:
         return mlp.local_update(weights, data, self._options.training(number, name), name)
 
 

@@ -12,6 +12,7 @@ from html import escape
 WIDTH, HEIGHT = 420, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 34
 _BAR, _GAP, _NAMES = 17, 9, 58
+_GAP_FROM = 4  # narrower cells touch
 _MIN_CHARS_AFTER = 56  # room for the figure behind a bar
 
 
@@ -96,9 +97,10 @@ def grid_chart(rows: Mapping[str, Sequence[str]], titles: Mapping[str, str], lab
         out.append(_text(_NAMES - 6, top + 13, _short(name), "end"))
         for column, cell in enumerate(cells):
             title = f"{name}, round {column + 1}: {titles[cell]}"
+            gap = 1 if side >= _GAP_FROM else 0
             out.append(
-                f'<rect class="cell {cell}" x="{_NAMES + column * side + 0.5:.2f}" y="{top}" '
-                f'width="{max(0.5, side - 1):.2f}" height="{_BAR}">'
+                f'<rect class="cell {cell}" x="{_NAMES + column * side:.2f}" y="{top}" '
+                f'width="{side - gap:.2f}" height="{_BAR}">'
                 f"<title>{escape(title)}</title></rect>"
             )
     bottom = len(rows) * (_BAR + 5) + 12

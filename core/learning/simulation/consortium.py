@@ -19,10 +19,9 @@ from dtl.core.files.documents import SERVER, Job, Key
 from dtl.core.files.headers import AnyHeader, ReleaseHeader, ResultHeader, read_header
 from dtl.core.files.ledger import Ledger, ReleaseEntry
 from dtl.core.files.shards import Shard, load_shard
-from dtl.core.files.tensor_writer import write_arrays
-from dtl.core.files.tensors import PlainMetadata, read_arrays
+from dtl.core.files.tensors import open_tensors
 from dtl.core.learning import mlp, split
-from dtl.core.learning.optimizers import make_optimizer
+from dtl.core.learning.optimizers import StateFiles, apply_sum
 from dtl.core.learning.simulation.journal import Journal
 from dtl.core.learning.simulation.options import SimulationOptions
 from dtl.core.parallel import Work
@@ -31,7 +30,7 @@ from dtl.core.roles import key_center, participant, server
 KGC, EVERYBODY = "kgc", "everybody"
 JOB, SHARDS, ROUNDS, INITIAL = "job", "shards", "rounds", "w0.safetensors"
 MAX_RECORD_BYTES = 1 << 20
-STATE, STATE_DTYPE = "optimizer.safetensors", "F64"
+STATE = "optimizer.safetensors"
 
 
 class RoundRecord(BaseModel):
@@ -140,12 +139,16 @@ class Consortium:
         """Do one round, or what is left of it."""
         folder = self._folder / ROUNDS / f"{number:03}"
         path = folder / "round.json"
+        with machine_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        # A round that was done is walked through again: nothing is taken on trust.
+        record = self._do_round(number)
         if path.exists():
-            record = _read_record(path)
+            noted = _read_record(path)
+            if noted != record.model_copy(update={"clamped": noted.clamped}):
+                raise VerificationError(f"{path}: contradicts the files of the round")
+            record = noted
         else:
-            with machine_errors(folder):
-                folder.mkdir(parents=True, exist_ok=True)
-            record = self._do_round(number)
             write_file(path, record.model_dump_json(indent=1).encode())
         if record.released:
             self._last, self._void_since = record, []
@@ -346,34 +349,35 @@ class Consortium:
             ),
             *("open-model", release, "--key", f"{JOB}/{name}.key", "-o", opened),
         )
-        arrays, metadata = read_arrays(self._folder / opened)
-        if metadata is None or metadata.opened is None:
+        source = open_tensors(self._folder / opened)
+        source.close()
+        if source.metadata is None or source.metadata.opened is None:
             raise VerificationError(f"{opened}: expected what open-model wrote")
         if kind == "sum":
-            self._step(number, name, arrays, metadata)
-        return metadata.opened
+            self._step(number, name)
+        return source.metadata.opened
 
-    def _step(self, number: int, name: str, total: mlp.Weights, of: PlainMetadata) -> None:
-        """Apply a released sum to the model that a participant keeps itself.
-
-        The new model is named by the sum: uploads based on it say which sum was applied, and
-        their masks cancel only if everybody applied the same.
-        """
-        before, model = self._folder / self._model(name), _file(number, f"{name}.model.safetensors")
-        states = [_file(n, f"{name}.{STATE}") for n in (number - 1, number)]
-
-        def step() -> None:
-            weights, _ = read_arrays(before)
-            held = self._folder / states[0]
-            state = read_arrays(held)[0] if held.exists() else None
-            optimizer = make_optimizer(self._options.optimizer, self._options.step_lr, state)
-            stepped = optimizer.step(weights, total)
-            write_arrays(self._folder / states[1], optimizer.state, STATE_DTYPE, None, force=True)
-            metadata = of.model_copy(update={"kind": "weights"})
-            write_arrays(self._folder / model, stepped, mlp.DTYPE, metadata)
-
-        what = f"{name}.sum to {name}.model, with {self._options.optimizer}: in your own code"
-        self._journal.run(number, name, self._folder / model, step, "optimizer-step", what)
+    def _step(self, number: int, name: str) -> None:
+        """Apply a released sum to the model that a participant keeps itself."""
+        o, before = self._options, self._model(name)
+        total, model = (_file(number, f"{name}.{kind}.safetensors") for kind in ("sum", "model"))
+        last, state = (_file(n, f"{name}.{STATE}") for n in (number - 1, number))
+        known = last if number > 1 else None
+        self._journal.run(
+            number,
+            name,
+            self._folder / model,
+            lambda: apply_sum(
+                self._folder / total,
+                self._folder / before,
+                self._folder / model,
+                o.make_optimizer(),
+                StateFiles(self._folder / known if known else None, self._folder / state),
+                force=False,
+            ),
+            *("apply-sum", total, "--model", before, "--optimizer", o.optimizer),
+            *("--lr", o.step_lr, *_given("--state", known), "--state-out", state, "-o", model),
+        )
 
     def _model(self, name: str) -> str:
         """The model that a participant trains on next."""

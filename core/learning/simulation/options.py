@@ -16,6 +16,7 @@ from dtl.core.learning.optimizers import Optimizer, make_optimizer
 from dtl.core.learning.split import SplitOptions
 from dtl.core.roles.key_center import JobOptions
 
+MAX_PARTICIPANTS = 10_000
 _NAMES = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy"]
 
 
@@ -84,7 +85,7 @@ class SimulationOptions(BaseModel):
     @property
     def rate(self) -> float:
         """The learning rate: --lr, or its default."""
-        return self.lr or defaults.SIMULATION_LR[self.optimizer]
+        return defaults.SIMULATION_LR[self.optimizer] if self.lr is None else self.lr
 
     @property
     def upload_lr(self) -> float:
@@ -117,7 +118,8 @@ class SimulationOptions(BaseModel):
         """How `name` trains in a round; everyone shuffles differently, and repeatably."""
         lr = None
         if self.local_epochs:
-            lr = self.rate if self.server_keeps_model else self.local_lr or defaults.LOCAL_LR
+            own = defaults.LOCAL_LR if self.local_lr is None else self.local_lr
+            lr = self.rate if self.server_keeps_model else own
         seed = int.from_bytes(self._hash("training", number, name)[:4], "little")
         return LocalTraining(self.local_epochs, self.batch_size, lr, seed)
 
@@ -143,8 +145,11 @@ class SimulationOptions(BaseModel):
 
 def participant_names(text: str) -> tuple[str, ...]:
     """The roster for `--participants`: a number, or names separated by commas."""
-    if text.isdecimal():
+    text = text.strip()
+    if text.isascii() and text.isdecimal():
         count = int(text)
+        if count > MAX_PARTICIPANTS:
+            raise UsageError(f"--participants: at most {MAX_PARTICIPANTS}, found {count}")
         if count <= len(_NAMES):
             return tuple(_NAMES[:count])
         return tuple(f"p{number:0{len(text)}}" for number in range(1, count + 1))

@@ -19,7 +19,7 @@ _STEPS = {
     "compute-grads": "s1",
     "encrypt-grads": "s2",
     "open-model": "s3",
-    "optimizer-step": "s7",
+    "apply-sum": "s7",
     "close-round": "s4",
     "reveal-masks": "s4",
     "aggregate": "s5",
@@ -40,6 +40,7 @@ _CELL_NAMES = {
     "void": "void round",
 }
 
+_NARROW_COLUMNS = 6  # what fits on a telephone
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _STYLE = """
 :root{color-scheme:light dark;--text:#1d2430;--soft:#5b6675;--rule:#dfe3ea;--page:#fff;
@@ -84,10 +85,18 @@ font-size:.85rem;color:var(--soft)}
 table{border-collapse:collapse;width:100%;font-size:.9rem}
 th,td{text-align:left;padding:.3rem .75rem .3rem 0;border-top:1px solid var(--rule);
 vertical-align:top}
-th{font-weight:600}td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}
+td{overflow-wrap:anywhere}td:first-child{white-space:nowrap}th{font-weight:600}
+td.number,th.number{text-align:right;font-variant-numeric:tabular-nums}td.number{white-space:nowrap}
 code{font-size:.85em;overflow-wrap:anywhere}
-@media print{body{max-width:none;padding:0;font-size:11pt}section,.figures li{border:1px solid
-var(--rule);break-inside:avoid}*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
+@media(max-width:500px){table{font-size:.75rem}th,td{padding-right:.35rem}section{padding:.7rem}
+.sideways::before{content:"more to the right: scroll";color:var(--soft);font-size:.75rem}}
+@media print{body{max-width:none;padding:0;font-size:9pt}.charts{display:block;columns:2}
+.charts section{margin-bottom:.5rem;padding:.5rem .6rem;width:100%}section.wide{column-span:all}
+section,.figures li{border:1px solid var(--rule);break-inside:avoid}section.wide{break-inside:auto}
+.tables{column-span:all;break-inside:auto!important}.scroll{overflow:visible}table{font-size:7pt}
+th,td{padding:.1rem .4rem .1rem 0}
+tr{break-inside:avoid}h2{break-after:avoid}svg{max-height:20cm}.sideways::before{content:none}
+*{print-color-adjust:exact;-webkit-print-color-adjust:exact}}
 """
 
 
@@ -99,7 +108,8 @@ def render(report: Report) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{len(o.participants)} participants, {o.rounds} rounds, '
         f"{report.summary.values:,} weights; security {escape(report.security)}, "
-        f"{o.slot_bits} bits a value. The server never saw a gradient or a model.</p>",
+        f"{o.slot_bits} bits a value. After the public "
+        "initial weights, the server saw no gradient and no model.</p>",
         _figures(report),
         '<div class="charts">',
         _curve(report, "accuracy", "Test accuracy", 100, "%"),
@@ -126,20 +136,22 @@ def _figures(report: Report) -> str:
     s = report.summary
     figures = {
         "test accuracy, encrypted": f"{s.accuracy:.1f} %",
-        "points below float64": _points(s.points_below_float),
-        "points above training alone": _points(s.points_above_alone),
+        "points against float64": _points(-s.points_below_float),
+        "points against training alone": _points(s.points_above_alone),
         "rounds equal to the plaintext twin, integer for integer": (
             f"{s.rounds_identical_to_twin} of {s.rounds_released}"
         ),
         "bytes a value in an upload": f"{s.upload_bytes_a_value:.2f}",
         "void rounds": f"{s.rounds_void}",
     }
+    if s.clamped:
+        figures["values clamped: take more slot bits, or a smaller lr"] = f"{s.clamped:,}"
     items = (f"<li><b>{value}</b><span>{name}</span></li>" for name, value in figures.items())
     return f'<ul class="figures">{"".join(items)}</ul>'
 
 
 def _points(value: float) -> str:
-    return f"{value:.1f}".replace("-", "−") if round(value, 1) else "0.0"
+    return f"{value:+.1f}".replace("-", "−") if round(value, 1) else "0.0"
 
 
 def _curve(report: Report, measure: str, heading: str, factor: float, unit: str) -> str:
@@ -236,10 +248,11 @@ def _views(report: Report) -> str:
     note = (
         "<p>Results are global models, or sums of gradients. Nobody but the participants ever "
         "had one in clear, and nobody a gradient of somebody else, unless the last column "
-        "counts it.</p>"
+        "counts it. The center was offline after keygen; with kgc.key it could open all of "
+        "it, for audit and recovery.</p>"
     )
     table = _table(heads, rows, set(range(1, len(heads))))
-    return _section("What each party saw", note + table)
+    return _section("What each party saw", note + table, "tables")
 
 
 def _table_of_times(report: Report) -> str:
@@ -249,7 +262,7 @@ def _table_of_times(report: Report) -> str:
         known = {step.step: step for step in party.steps}
         rows.append((party.name, *(_each(known.get(step)) for step in steps)))
     table = _table(("party", *steps), rows, set(range(1, len(steps) + 1)))
-    return _section("Milliseconds a step, and how often", table, wide=True)
+    return _section("Milliseconds a step, and how often", table, "wide")
 
 
 def _each(step: StepTime | None) -> str:
@@ -286,7 +299,7 @@ def _details(report: Report) -> str:
         "data and alone, training has the same number of rounds, void ones included. "
         "<code>commands.sh</code> beside this page does the run by hand.</p>"
     )
-    return _section("The run", note + table, wide=True)
+    return _section("The run", note + table, "wide")
 
 
 def _counts(samples: Mapping[str, int]) -> str:
@@ -296,7 +309,8 @@ def _counts(samples: Mapping[str, int]) -> str:
 def _training(report: Report) -> str:
     o = report.options
     place = "at the server, encrypted" if o.server_keeps_model else "at the participants"
-    local = f"{o.local_epochs} local epochs a round" if o.local_epochs else "one gradient a round"
+    epochs = "1 local epoch" if o.local_epochs == 1 else f"{o.local_epochs} local epochs"
+    local = f"{epochs} a round" if o.local_epochs else "one gradient a round"
     split = f"classes split by Dirichlet({o.alpha:g})" if o.alpha else "split evenly at random"
     return (
         f"{local}, {o.optimizer} with learning rate {o.rate:g}, model {place}; shares by "
@@ -304,9 +318,8 @@ def _training(report: Report) -> str:
     )
 
 
-def _section(heading: str, content: str, wide: bool = False) -> str:
-    kind = ' class="wide"' if wide else ""
-    return f"<section{kind}><h2>{escape(heading)}</h2>{content}</section>"
+def _section(heading: str, content: str, kind: str = "chart") -> str:
+    return f'<section class="{kind}"><h2>{escape(heading)}</h2>{content}</section>'
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
@@ -320,4 +333,5 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int
 
     head = f"<tr>{cells('th', heads)}</tr>" if any(heads) else ""
     body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    return f'<div class="scroll"><table>{head}{body}</table></div>'
+    kind = "scroll sideways" if len(heads) > _NARROW_COLUMNS else "scroll"
+    return f'<div class="{kind}"><table>{head}{body}</table></div>'

@@ -130,8 +130,7 @@ class Report(_Frozen):
             if step.round and folder not in folders:
                 folders.add(folder)
                 lines += ["", f"# round {step.round}", f"mkdir -p {folder}"]
-            known = step.command.startswith("optimizer-step")
-            lines.append(f"# {step.party}: {step.command}" if known else f"dtl {step.command}")
+            lines.append(f"dtl {step.command}")
         return "\n".join(lines) + "\n"
 
 
@@ -141,6 +140,7 @@ def make_report(
     baselines: Baselines,
     rounds: Sequence[RoundRecord],
     twin: Sequence[str | None],
+    identical: int,
     scores: Sequence[Scores],
     steps: Sequence[Step],
 ) -> Report:
@@ -163,10 +163,7 @@ def make_report(
         points_above_alone=round(percent(last.encrypted) - percent(last.alone_mean), 3),
         rounds_released=released,
         rounds_void=len(rounds) - released,
-        rounds_identical_to_twin=sum(
-            record.released and record.opened == digest
-            for record, digest in zip(rounds, twin, strict=True)
-        ),
+        rounds_identical_to_twin=identical,
         clamped=baselines.twin.clamped,
         values=values,
         upload_bytes_a_value=round(mean(uploads) / values, 3) if uploads else 0.0,

@@ -1,0 +1,58 @@
+"""`dtl apply-sum`: a participant steps along a released sum, on a model that it keeps itself."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtl.cli.options import ForceOption, JsonOption, OptimizerName, OutOption, Output, QuietOption
+from dtl.core import defaults
+
+EXAMPLE = """Example:
+
+  dtl apply-sum sum-1.safetensors --model w0.safetensors --optimizer adam --lr 0.01
+  --state-out adam-1.safetensors -o w1.safetensors
+
+  dtl apply-sum sum-2.safetensors --model w1.safetensors --optimizer adam --lr 0.01
+  --state adam-1.safetensors --state-out adam-2.safetensors -o w2.safetensors"""
+
+
+def apply_sum(
+    total: Annotated[
+        Path,
+        typer.Argument(metavar="SUM", help="The sum that open-model wrote.", show_default=False),
+    ],
+    model: Annotated[
+        Path, typer.Option(help="The model that it was computed on.", show_default=False)
+    ],
+    out: OutOption,
+    optimizer: Annotated[OptimizerName, typer.Option(help="The same for everybody.")] = (
+        OptimizerName.SGD
+    ),
+    lr: Annotated[
+        float, typer.Option(help="The learning rate; the same for everybody.")
+    ] = defaults.LR,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="What --state-out wrote the last time.", show_default=False),
+    ] = None,
+    state_out: Annotated[
+        Path | None,
+        typer.Option(help="Where momentum or adam remember what they need.", show_default=False),
+    ] = None,
+    force: ForceOption = False,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Step along a released sum of gradients: for a model that the server does not keep."""
+    from dtl.core.errors import UsageError
+    from dtl.core.learning import optimizers
+
+    if not 0 < lr < float("inf"):
+        raise UsageError(f"--lr: expected a positive number, found {lr}")
+    if optimizer is not OptimizerName.SGD and state_out is None:
+        raise UsageError(f"--optimizer {optimizer}: needs --state-out, for the next step")
+    chosen = optimizers.make_optimizer(str(optimizer), lr)
+    files = optimizers.StateFiles(state, state_out)
+    optimizers.apply_sum(total, model, out, chosen, files, force)
+    Output(json, quiet).show(model=str(out), optimizer=str(optimizer), lr=lr)
