@@ -1,0 +1,143 @@
+"""Section 5 and plain files: integers, packing, digests of vectors, weights."""
+
+import ast
+import hashlib
+import io
+import struct
+import zipfile
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from tests.second import encoding
+from tests.second.bulk import check_layout
+from tests.second.documents import Job
+from tests.second.encoding import dumps, fields, require
+from tests.second.group import Blocks
+
+SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+NPZ = {"<f2": "F16", "|V2": "BF16", "<f4": "F32", "<f8": "F64"}
+
+
+def unpack(job: Job, blocks: Blocks, values: int) -> list[int]:
+    """The integers of blocks."""
+    group = job.group
+    slot, N = group.slot_bits, group.N
+    lift = sum(2 ** (slot - 1 + slot * i) for i in range(group.slots))
+    found = []
+    for m in (m for row in blocks for m in row):
+        lifted = (m if m <= N // 2 else m - N) + lift
+        require(0 <= lifted < 2 ** (slot * group.slots), 4, "a block out of range")
+        for i in range(group.slots):
+            found.append((lifted >> slot * i) % 2**slot - 2 ** (slot - 1))
+    require(not any(found[values:]), 4, "padding is not zero")
+    return found[:values]
+
+
+def pack(job: Job, integers: list[int]) -> Blocks:
+    group = job.group
+    per_group = 7 * group.slots
+    padded = integers + [0] * (-len(integers) % per_group)
+    numbers = [
+        sum(e << group.slot_bits * i for i, e in enumerate(padded[at : at + group.slots])) % group.N
+        for at in range(0, len(padded), group.slots)
+    ]
+    return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
+
+
+def check_headroom(job: Job, integers: list[int], bound: int = 0) -> None:
+    require(all(abs(e) <= (bound or job.largest) for e in integers), 7, "headroom exhausted")
+
+
+def vector_digest(layout: Any, integers: list[int]) -> bytes:
+    """V."""
+    raw = struct.pack(f"<{len(integers)}q", *integers)
+    return encoding.hashed("dtl/v1/vector", dumps(layout), raw)
+
+
+@dataclass
+class Plain:
+    """Named arrays: layout, bytes in packing order, and dtl's metadata."""
+
+    layout: list[dict[str, Any]]
+    data: bytes
+    metadata: dict[str, Any]
+
+    @property
+    def digest(self) -> bytes:
+        """V0."""
+        return encoding.hashed("dtl/v1/initial", dumps(self.layout), self.data)
+
+    def floats(self) -> list[float]:
+        found: list[float] = []
+        at = 0
+        for entry in self.layout:
+            count, size = prod(entry["shape"]), SIZES[entry["dtype"]]
+            raw = self.data[at : at + count * size]
+            at += count * size
+            if entry["dtype"] == "BF16":
+                raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
+            code = {"F16": "e", "BF16": "f", "F32": "f", "F64": "d"}[entry["dtype"]]
+            found.extend(struct.unpack(f"<{count}{code}", raw))
+        return found
+
+    def integers(self, job: Job) -> list[int]:
+        """In fixed point, rounded to nearest, ties to even."""
+        return [round(x * 2 ** job.body["fraction_bits"]) for x in self.floats()]
+
+
+def read_plain(path: Path) -> Plain:
+    raw = path.read_bytes()
+    layout, parts, text = _npz(raw) if raw[:2] == b"PK" else _safetensors(raw)
+    metadata: dict[str, Any] = {}
+    if text is not None:
+        metadata = encoding.exactly(encoding.loads(text), "format kind round base opened")
+        require(metadata["format"] == "dtl/v1", 3, "another format")
+        require(metadata["kind"] in ("weights", "gradients", "sum"), 3, "another kind")
+        encoding.integer(metadata["round"], 0, 2**32 - 1)
+        encoding.digest_or_null(metadata["base"])
+        encoding.digest_or_null(metadata["opened"])
+    check_layout(layout, sum(prod(entry["shape"]) for entry in layout))
+    return Plain(layout, b"".join(parts), metadata)
+
+
+def _safetensors(raw: bytes) -> tuple[list[dict[str, Any]], list[bytes], bytes | None]:
+    length = int.from_bytes(raw[:8], "little")
+    try:
+        entries = encoding.json.loads(raw[8 : 8 + length])
+        text = entries.pop("__metadata__", {}).get("dtl")
+        layout, parts = [], []
+        for name in sorted(entries, key=str.encode):
+            entry = entries[name]
+            begin, end = entry["data_offsets"]
+            data = raw[8 + length + begin : 8 + length + end]
+            require(entry["dtype"] in SIZES, 3, "not floats")
+            require(len(data) == prod(entry["shape"]) * SIZES[entry["dtype"]], 3, "cut off")
+            layout.append({"name": name, "shape": entry["shape"], "dtype": entry["dtype"]})
+            parts.append(data)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise encoding.Refused(3, "not a safetensors file") from error
+    return layout, parts, None if text is None else text.encode()
+
+
+def _npz(raw: bytes) -> tuple[list[dict[str, Any]], list[bytes], bytes | None]:
+    layout, parts, text = [], [], None
+    with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+        for member in sorted(archive.namelist(), key=lambda name: name[:-4].encode()):
+            array = archive.read(member)
+            size = int.from_bytes(array[8:10], "little")
+            head = ast.literal_eval(array[10 : 10 + size].decode())
+            data = array[10 + size :]
+            if member == "__dtl__.npy":
+                text = data.decode("utf-32-le").encode()
+                continue
+            require(not head["fortran_order"] and head["descr"] in NPZ, 3, "not floats in C order")
+            shape = list(head["shape"])
+            layout.append({"name": member[:-4], "shape": shape, "dtype": NPZ[head["descr"]]})
+            parts.append(data)
+    return layout, parts, text
+
+
+def keystream_seed(label: str, *items: bytes | str | None) -> bytes:
+    return hashlib.sha512(fields(label, *items)).digest()
