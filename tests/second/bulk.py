@@ -1,7 +1,6 @@
 """Uploads, sums, models and releases: containers and headers."""
 
 import hashlib
-import unicodedata
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -80,7 +79,7 @@ def read_container(raw: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
         entry = exactly(entries[name], "dtype shape data_offsets")
         require(entry["dtype"] == "U8", 3, "not U8")
         require(isinstance(entry["shape"], list), 3, "no shape")
-        shape = [integer(size, 0, 2**63) for size in entry["shape"]]
+        shape = [integer(size, 0, 2**63 - 1) for size in entry["shape"]]
         begin = at - 8 - length
         end = begin + prod(shape)
         require(dumps(entry["data_offsets"]) == dumps([begin, end]), 3, "gaps or overlaps")
@@ -98,11 +97,11 @@ def check_layout(layout: Any, values: Any) -> None:
         exactly(entry, "name shape dtype")
         name = encoding.text(entry["name"])
         require(1 <= len(name) <= 1024, 3, "a name of a wrong length")
-        require(not any(unicodedata.category(c) == "Cc" for c in name), 3, "a control character")
+        require(not any(ord(c) < 32 or ord(c) == 127 for c in name), 3, "a control character")
         require(name not in ("__metadata__", "__dtl__"), 3, "a reserved name")
         require(entry["dtype"] in ("F16", "BF16", "F32", "F64"), 3, "an unknown dtype")
         require(isinstance(entry["shape"], list) and len(entry["shape"]) <= 32, 3, "a shape")
-        found.append((name.encode(), prod(integer(n, 0, 2**48) for n in entry["shape"])))
+        found.append((name.encode(), prod(integer(n, 0, 2**48 - 1) for n in entry["shape"])))
     listed = [name for name, _ in found]
     require(listed == sorted(set(listed)), 3, "names out of order, or twice")
     integer(values, 1, 2**48 - 1)
@@ -118,8 +117,9 @@ def _check_result(header: dict[str, Any]) -> None:
     require(isinstance(header["contributions"], dict), 3, "no contributions")
     for name, rounds in header["contributions"].items():
         documents.name(name)
-        integer(rounds, 1, header["round"])
+        integer(rounds, 1, 2**32 - 1)
     require(present.keys() <= header["contributions"].keys(), 3, "a contributor without rounds")
+    require((header["kind"] == "model") == (header["initial"] is not None), 3, "initial")
     check_layout(header["layout"], header["values"])
 
 
@@ -128,6 +128,7 @@ def check_header(header: Any, kinds: tuple[str, ...]) -> None:
     kind = header["kind"]
     exactly(header, f"{HEADER} {KINDS[kind]}")
     documents.check_common(header, kind)
+    require(kind == "upload" or header["signer"] == "server", 3, "not by the server")
     integer(header["round"], 1, 2**32 - 1)
     if kind == "upload":
         digest_or_null(header["base"])
@@ -137,6 +138,9 @@ def check_header(header: Any, kinds: tuple[str, ...]) -> None:
     elif kind == "release":
         from_hex(header["of"], 64)
         check_header(header["manifest"], ("sum", "model"))
+        same = all(header[field] == header["manifest"][field] for field in ("job", "round"))
+        require(same, 3, "the release contradicts its manifest")
+        require(isinstance(header["grants"], list), 3, "no grants")
         grants = [exactly(entry, "participant wrapped") for entry in header["grants"]]
         granted = documents.names([entry["participant"] for entry in grants])
         require(granted, 3, "no grants")
@@ -164,8 +168,6 @@ def read(path: Path, job: Job, *kinds: str) -> Bulk:
     require(header["job"] == job.digest.hex(), 3, "of another job")
     if kind == "upload":
         require(header["signer"] in job.names, 3, "the signer is not in the roster")
-    else:
-        require(header["signer"] == "server", 3, "not by the server")
     manifest = header["manifest"] if kind == "release" else header
     require(list(found.tensors) == TENSORS[kind], 3, "other tensors")
     groups = job.group.groups(manifest["values"])
@@ -177,9 +179,9 @@ def read(path: Path, job: Job, *kinds: str) -> Bulk:
     for name, tensor in found.tensors.items():
         require(tensor.shape == shapes[name], 3, f"{name} has another shape")
     documents.verify(job.sign[header["signer"]], kind, found.digest, found.signature)
-    if kind != "upload":
-        everyone = [e["participant"] for e in manifest["contributors"]] + manifest["missing"]
-        require(sorted(everyone) == job.names, 3, "not the roster")
+    if kind == "upload":
+        require(header["roster"] == job.roster.hex(), 3, "of another roster")
+        require(header["masked"] == job.body["masks"], 3, "masked, or not masked")
     return found
 
 

@@ -29,7 +29,7 @@ class Group:
 
     @property
     def ell(self) -> int:
-        return {3072: 256, 2048: 224}.get(self.bits, 256)
+        return 224 if self.bits == 2048 else 256
 
     @property
     def width(self) -> int:
@@ -45,10 +45,14 @@ class Group:
         return -(-values // (7 * self.slots))
 
     def check(self) -> None:
-        require(self.N.bit_length() == self.bits, 3, "N has not its size")
+        """Raise Refused unless the numbers can be those of a key."""
+        require(self.N.bit_length() == self.bits and self.N % 2, 3, "N cannot be a modulus")
+        require(self.bits >= 256 and self.bits % 16 == 0, 3, "no such size")
         for number in (self.g, *self.h):
-            require(0 < number < self.square, 3, "g or h out of range")
+            require(1 < number < self.square, 3, "g or h out of range")
             require(gcd(number, self.N) == 1, 3, "g or h shares a factor with N")
+        require(gcd(self.g - 1, self.N) == 1, 3, "g is not a generator")
+        require(self.slots >= 1, 3, "a slot does not fit into a block")
 
     def half(self, seed: bytes, label: str) -> list[int]:
         """a_1..a_7 or b_1..b_7."""
@@ -69,22 +73,20 @@ class Group:
     def encode(self, residues: Iterable[list[int]]) -> bytes:
         return b"".join(c.to_bytes(self.width, "little") for group in residues for c in group)
 
-    def check_residues(self, numbers: Iterable[int]) -> None:
+    def check_residues(self, numbers: Iterable[int], code: int) -> None:
         """In range, and prime to N; all of them at once."""
         product = 1
         for number in numbers:
-            require(0 < number < self.square, 4, "a residue out of range")
+            require(0 < number < self.square, code, "a residue out of range")
             product = product * number % self.N
-        require(gcd(product, self.N) == 1, 4, "a residue that shares a factor with N")
+        require(gcd(product, self.N) == 1, code, "a residue that shares a factor with N")
 
     def take_off(self, residues: Residues, half: list[int]) -> Residues:
         taken = []
         for c0, *others in residues:
             inverse = pow(c0, -1, self.square)
             powers = (pow(inverse, x, self.square) for x in half)
-            taken.append(
-                [c0, *(c * u % self.square for c, u in zip(others, powers, strict=True))]
-            )
+            taken.append([c0, *(c * u % self.square for c, u in zip(others, powers, strict=True))])
         return taken
 
     def centre(self, residues: Residues) -> Blocks:

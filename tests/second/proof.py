@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from tests.second.bulk import Bulk, exponent_bits
 from tests.second.documents import Job
-from tests.second.encoding import hashed, require, u32
+from tests.second.encoding import fields, hashed, require, u32
 from tests.second.group import rows
 
 
@@ -34,8 +34,6 @@ def read(job: Job, upload: Bulk) -> Proof:
         hashlib.sha512(sent.data).digest(),
         *(raw[at : at + width] for at in range(0, 8 * width, width)),
     )
-    from tests.second.encoding import fields
-
     stream = hashlib.shake_256(fields("dtl/v1/upload-rho", h0)).digest(16 * groups)
     rho = [row[0] for row in rows(stream, 16, 1)]
     return Proof(d, int.from_bytes(raw[8 * width : end], "little"), v, rho)
@@ -46,10 +44,11 @@ def check(job: Job, upload: Bulk) -> Proof:
     group = job.group
     proof = read(job, upload)
     residues = group.residues(upload.tensors["residues"].data)
-    group.check_residues([*(c for row in residues for c in row), *proof.d])
+    group.check_residues(proof.d, 4)
     bits = exponent_bits(job, len(residues))
     require(proof.z < 2 ** (bits + 1), 4, "z out of range")
     require(all(v < group.N for v in proof.v), 4, "v out of range")
+    group.check_residues((c for row in residues for c in row), 3)
     bases = [group.g, *group.h]
     for k, (base, d) in enumerate(zip(bases, proof.d, strict=True)):
         left = pow(base, proof.z, group.square)

@@ -1,8 +1,9 @@
 """Section 5 and plain files: integers, packing, digests of vectors, weights."""
 
 import ast
-import hashlib
 import io
+import json
+import math
 import struct
 import zipfile
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from tests.second import encoding
 from tests.second.bulk import check_layout
 from tests.second.documents import Job
-from tests.second.encoding import dumps, fields, require
+from tests.second.encoding import dumps, require
 from tests.second.group import Blocks
 
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
@@ -46,8 +47,10 @@ def pack(job: Job, integers: list[int]) -> Blocks:
     return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
 
 
-def check_headroom(job: Job, integers: list[int], bound: int = 0) -> None:
-    require(all(abs(e) <= (bound or job.largest) for e in integers), 7, "headroom exhausted")
+def check_headroom(job: Job, integers: list[int], kind: str) -> None:
+    """The bound of an opened model, or of a sum."""
+    bound = job.largest if kind == "model" else len(job.names) * job.e_max
+    require(all(abs(e) <= bound for e in integers), 7, "headroom exhausted")
 
 
 def vector_digest(layout: Any, integers: list[int]) -> bytes:
@@ -105,7 +108,7 @@ def read_plain(path: Path) -> Plain:
 def _safetensors(raw: bytes) -> tuple[list[dict[str, Any]], list[bytes], bytes | None]:
     length = int.from_bytes(raw[:8], "little")
     try:
-        entries = encoding.json.loads(raw[8 : 8 + length])
+        entries = json.loads(raw[8 : 8 + length])
         text = entries.pop("__metadata__", {}).get("dtl")
         layout, parts = [], []
         for name in sorted(entries, key=str.encode):
@@ -139,5 +142,27 @@ def _npz(raw: bytes) -> tuple[list[dict[str, Any]], list[bytes], bytes | None]:
     return layout, parts, text
 
 
-def keystream_seed(label: str, *items: bytes | str | None) -> bytes:
-    return hashlib.sha512(fields(label, *items)).digest()
+def read_weights(path: Path) -> tuple[Plain, int, bytes]:
+    """Weights, their round, and the base that they are; those of round 0 are checked."""
+    found = read_plain(path)
+    known = found.metadata
+    require(not known or known["kind"] == "weights", 3, "not weights")
+    if known and known["round"]:
+        return found, known["round"], bytes.fromhex(known["base"] or "")
+    digest = found.digest
+    if known:
+        stated = (known["base"], known["opened"])
+        require(stated == (digest.hex(), digest.hex()), 4, "not the weights of the metadata")
+    return found, 0, digest
+
+
+def is_finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+def initial_integers(job: Job, weights: Plain) -> list[int]:
+    """Public initial weights in fixed point."""
+    require(all(map(is_finite, weights.floats())), 7, "not finite")
+    integers = weights.integers(job)
+    check_headroom(job, integers, "model")
+    return integers
