@@ -195,6 +195,11 @@ def read_reveal(path: Path, job: Job) -> Document:
     return found
 
 
+def read_document(path: Path, job: Job) -> Document:
+    """A close file or a reveal, whichever it is."""
+    return read_close(path, job) if kind_of(path) == "close" else read_reveal(path, job)
+
+
 @dataclass
 class Key:
     """A key file; the secret part with bytes, and p and q as integers."""

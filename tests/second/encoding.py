@@ -8,8 +8,6 @@ import json
 import re
 from typing import Any
 
-LONGEST_INTEGER = 4300  # digits
-
 
 class Refused(Exception):
     """What a reader must not accept, with the exit code that says so."""
@@ -56,14 +54,27 @@ def dumps(value: Any) -> bytes:
     return text.encode()
 
 
-def loads(raw: bytes) -> Any:
-    """Canonical JSON, or it is refused."""
+def parse(raw: bytes) -> Any:
+    """JSON without floats or keys that come twice; ValueError or RecursionError."""
 
     def refuse(text: str) -> None:
         raise ValueError(text)
 
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key twice")
+        return found
+
+    return json.loads(
+        raw.decode(), parse_float=refuse, parse_constant=refuse, object_pairs_hook=unique
+    )
+
+
+def loads(raw: bytes) -> Any:
+    """Canonical JSON, or it is refused."""
     try:
-        value = json.loads(raw.decode(), parse_float=refuse, parse_constant=refuse)
+        value = parse(raw)
         same = dumps(value) == raw
     except (ValueError, RecursionError) as error:
         raise Refused(3, f"not canonical JSON: {error}") from error

@@ -2,7 +2,6 @@
 
 import ast
 import io
-import json
 import math
 import struct
 import zipfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.second import encoding
-from tests.second.bulk import check_layout
+from tests.second.bulk import LONGEST_HEADER, check_layout
 from tests.second.documents import Job
 from tests.second.encoding import dumps, require
 from tests.second.group import Blocks
@@ -106,21 +105,27 @@ def read_plain(path: Path) -> Plain:
 
 
 def _safetensors(raw: bytes) -> tuple[list[dict[str, Any]], list[bytes], bytes | None]:
-    length = int.from_bytes(raw[:8], "little")
+    """Any spelling of the header will do, but no gaps, overlaps, floats or keys twice."""
+    require(len(raw) >= 8, 3, "no header")
+    start = 8 + int.from_bytes(raw[:8], "little")
+    require(start <= min(len(raw), 8 + LONGEST_HEADER), 3, "a header of a wrong length")
     try:
-        entries = json.loads(raw[8 : 8 + length])
+        entries = encoding.parse(raw[8:start])
         text = entries.pop("__metadata__", {}).get("dtl")
-        layout, parts = [], []
+        layout, parts, spans = [], [], []
         for name in sorted(entries, key=str.encode):
-            entry = entries[name]
+            entry = encoding.exactly(entries[name], "dtype shape data_offsets")
             begin, end = entry["data_offsets"]
-            data = raw[8 + length + begin : 8 + length + end]
             require(entry["dtype"] in SIZES, 3, "not floats")
-            require(len(data) == prod(entry["shape"]) * SIZES[entry["dtype"]], 3, "cut off")
+            require(end - begin == prod(entry["shape"]) * SIZES[entry["dtype"]], 3, "a length")
             layout.append({"name": name, "shape": entry["shape"], "dtype": entry["dtype"]})
-            parts.append(data)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+            parts.append(raw[start + begin : start + end])
+            spans.append((begin, end))
+    except (ValueError, AttributeError, TypeError) as error:
         raise encoding.Refused(3, "not a safetensors file") from error
+    spans.sort()
+    ends = [0, *(end for _, end in spans)]
+    require(ends == [*(begin for begin, _ in spans), len(raw) - start], 3, "gaps or overlaps")
     return layout, parts, None if text is None else text.encode()
 
 
