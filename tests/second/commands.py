@@ -117,7 +117,7 @@ def aggregate(given: Given) -> None:
         require(entry["digest"] == close.digest.hex(), 3, "not the close file of the round")
     for reveal in reveals:
         require(reveal.body["close"] == close.digest.hex(), 3, "a reveal of another close file")
-    results.orphaned(job, close.body["missing"], uploads, reveals)
+    results.orphaned(job, close.body["missing"], uploads, reveals, 6)
 
 
 def close_round(given: Given) -> None:

@@ -72,9 +72,16 @@ def check_uploads(job: Job, uploads: Sequence[Bulk], start: Start | None) -> Non
 
 
 def orphaned(
-    job: Job, missing: Sequence[str], uploads: Sequence[Bulk], reveals: Sequence[Document]
+    job: Job,
+    missing: Sequence[str],
+    uploads: Sequence[Bulk],
+    reveals: Sequence[Document],
+    code: int,
 ) -> Blocks | None:
-    """The masks with the missing that are left in the sum, from everybody's reveals."""
+    """The masks with the missing that are left in the sum, from everybody's reveals.
+
+    `code` is that of a reveal that is not given.
+    """
     present = {upload.header["signer"] for upload in uploads}
     first = uploads[0].header
     seen: dict[str, dict[str, bytes]] = {}
@@ -88,7 +95,7 @@ def orphaned(
         seen[body["signer"]] = {other: from_base64(key) for other, key in body["keys"].items()}
     if not missing:
         return None
-    require(seen.keys() == present, 6, "a reveal is missing")
+    require(seen.keys() == present, code, "a reveal is missing")
     groups = job.group.groups(first["values"])
     total = [[0] * 7 for _ in range(groups)]
     for owner, keys in seen.items():
@@ -186,7 +193,7 @@ def verify(
             ]
             orphans = None
             if job.body["masks"] and header["missing"]:
-                orphans = orphaned(job, header["missing"], used, about)
+                orphans = orphaned(job, header["missing"], used, about, 4)
             layouts = [start.layout] if start else [upload.header["layout"] for upload in used]
             require(header["layout"] in layouts, 4, "another layout")
             expected = manifest(job, used, start, header["layout"], header["created"])

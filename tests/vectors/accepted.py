@@ -12,6 +12,7 @@ def accepted() -> Iterator[Fault]:
     commands = {
         "aggregate-sum": faults.SUM,
         "aggregate-model": faults.MODEL_OUT,
+        "aggregate-initial": faults.FIRST,
         "audit": faults.AUDIT,
         "encrypt": faults.ENCRYPT,
         "open": faults.OPEN,
@@ -19,6 +20,7 @@ def accepted() -> Iterator[Fault]:
         "reveal-again": faults.REVEAL,
         "verify-job": faults.JOB,
         "verify-model": faults.VERIFY,
+        "verify-sum": faults.VERIFY_SUM,
         "verify-release": "verify model-3.release --job job/job.json --model model-3.enc",
     }
     for name, command in commands.items():
@@ -27,6 +29,9 @@ def accepted() -> Iterator[Fault]:
     def torn(scene: Scene) -> dict[str, bytes]:
         return {"job/alice.ledger": scene.read("job/alice.ledger") + b'{"base":"5a5'}
 
+    def grown(scene: Scene) -> dict[str, bytes]:
+        return {"job/alice.ledger": scene.read("job/alice.ledger") + bytes(100)}
+
     def unended(scene: Scene) -> dict[str, bytes]:
         return {"job/alice.ledger": scene.read("job/alice.ledger")[:-1]}
 
@@ -34,6 +39,7 @@ def accepted() -> Iterator[Fault]:
         return {"job/alice.key": faults._box(scene), "passphrase": PASSPHRASE}
 
     yield Fault("ledger-torn", "a torn last line is cut off", faults.OPEN, 0, torn)
+    yield Fault("ledger-grown", "zeros at the end are cut off", faults.OPEN, 0, grown)
     yield Fault("ledger-line-end-lost", "only the last line end is lost", faults.OPEN, 0, unended)
     yield Fault(
         "key-boxed",

@@ -22,6 +22,8 @@ VERIFY = (
     f"verify model-3.enc --job job/job.json --model model-2.enc --uploads {LATER} "
     f"--reveals {REVEALS}"
 )
+VERIFY_SUM = f"verify sum-1.enc --job job/job.json --uploads {UPLOADS}"
+FIRST = MODEL_OUT.replace("-3.", "-2.").replace("--model model-2.enc", "--initial w0.safetensors")
 REVEAL = "reveal-masks round-3.close --key job/alice.key -o out"
 OPEN = "open-model model-2.release --key job/alice.key -o out.safetensors"
 JOB = "verify job/job.json"
@@ -49,8 +51,11 @@ def uploads() -> Iterator[Fault]:
     def fault(name: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
         return Fault(f"upload-{name}", about, SUM, code, lambda scene: {A: make(scene)})
 
-    def header(name: str, about: str, code: int, edit: Edit) -> Fault:
-        return fault(name, f"{about}; signed anew", code, lambda scene: scene.header(A, edit))
+    def header(name: str, about: str, code: int, edit: Edit, of: str = A) -> Fault:
+        def change(scene: Scene) -> Changes:
+            return {of: scene.header(of, edit)}
+
+        return Fault(f"upload-{name}", f"{about}; signed anew", SUM, code, change)
 
     def residue(name: str, about: str, code: int, edit: Callable[[Scene, int], int]) -> Fault:
         def make(scene: Scene) -> bytes:
@@ -140,11 +145,11 @@ def uploads() -> Iterator[Fault]:
         4,
         lambda scene: _signed_as_model(scene, A),
     )
-    yield header("round-other", "made for the next round", 3, put(round=2))
+    yield header("round-other", "made for the next round", 3, put(round=2), B)
     yield header("round-zero", "for round 0", 3, put(round=0))
     yield header("round-too-large", "for round 2^32", 3, put(round=2**32))
     yield header("round-text", "the round is a text", 3, put(round="1"))
-    yield header("base-other", "based on another model", 3, put(base=OTHER))
+    yield header("base-other", "based on another model", 3, put(base=OTHER), B)
     yield header("base-short", "the base is no digest", 3, put(base="5a" * 63))
     yield header("job-other", "of another job", 3, put(job=OTHER))
     yield header("job-upper-case", "the job's digest in upper case", 3, _upper("job"))
@@ -162,7 +167,7 @@ def uploads() -> Iterator[Fault]:
     yield header("field-more", "with a field too many", 3, put(more=None))
     yield header("values-wrong", "more values than the layout holds", 3, put(values=160))
     yield header("values-float-like", "values are a text", 3, put(values="159"))
-    yield header("layout-shape-other", "another shape than the others'", 3, _shape([17, 9]))
+    yield header("layout-shape-other", "another shape than the others'", 3, _shape([17, 9]), B)
     yield header("layout-shape-negative", "a negative shape", 3, _shape([-9, -17]))
     yield header("layout-dimensions", "33 dimensions", 3, _shape([1] * 31 + [9, 17]))
     yield header("layout-unsorted", "tensors out of order", 3, lambda h: h["layout"].reverse())
@@ -323,7 +328,7 @@ def results() -> Iterator[Fault]:
     yield Fault(
         "sum-with-initial",
         "a sum that names initial weights; signed anew",
-        f"verify sum-1.enc --job job/job.json --uploads {UPLOADS}",
+        VERIFY_SUM,
         3,
         lambda scene: {"sum-1.enc": scene.header("sum-1.enc", put(initial=OTHER))},
     )
@@ -486,9 +491,9 @@ def releases() -> Iterator[Fault]:
     yield header("manifest-kind", "the manifest is an upload's", 3, _manifest(put(kind="upload")))
     yield fault(
         "not-signed",
-        "it admits dave; the signature is that of the old header",
+        "another time in the header; the signature is that of the old one",
         4,
-        lambda scene: scene.container(name, '\\"round\\":2,\\"signer', '\\"round\\":3,\\"signer'),
+        lambda scene: scene.container(name, "22:13:20Z", "22:13:21Z"),
     )
     yield fault(
         "signed-by-a-participant",
@@ -670,6 +675,7 @@ def ledgers() -> Iterator[Fault]:
     yield fault("line-end-two", "an empty line at the end", lambda x: [*x, b"\n"])
     yield fault("space", "a space in a line", lambda x: [*x[:-1], x[-1].replace(b":", b": ", 1)])
     yield fault("garbage", "a last line that is no JSON", lambda x: [*x, b"garbage"])
+    yield fault("damaged", "a damaged last line without its line end", _damaged)
     yield fault("empty", "nothing at all", lambda x: [])
     yield fault("event-unknown", "a linked line with an unknown event", _unknown_event)
     yield fault("field-more", "a linked line with a field too many", _linked_more)
@@ -744,9 +750,7 @@ def plain() -> Iterator[Fault]:
     yield Fault(
         "weights-headroom",
         "initial weights beyond what slot_bits allow",
-        f"aggregate {' '.join(f'{n}-2.upload' for n in PRESENT)} --key job/server.key "
-        f"--initial w0.safetensors --close round-2.close --reveals "
-        f"{' '.join(f'{n}-2.reveal' for n in PRESENT)} -o out",
+        FIRST,
         7,
         lambda scene: {"w0.safetensors": tensors("w0", 5.0)},
     )
@@ -1061,6 +1065,10 @@ def _relinked(scene: Scene, name: str, edit: Callable[[list[Json]], object]) -> 
 
 def _ledger_round(lines: list[bytes]) -> list[bytes]:
     return [lines[0], lines[1].replace(b'"round":1', b'"round":9'), *lines[2:]]
+
+
+def _damaged(lines: list[bytes]) -> list[bytes]:
+    return [*lines[:-1], lines[-1].replace(b'"round"', b'"round\0', 1).rstrip(b"\n")]
 
 
 def _unknown_event(lines: list[bytes]) -> list[bytes]:
