@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -230,11 +231,15 @@ def _secret(owner: str, value: Any) -> dict[str, Any]:
     return found
 
 
+@cache
+def _stretched(salt: bytes, passphrase: bytes) -> bytes:
+    return Scrypt(salt=salt, length=32, n=2**17, r=8, p=1).derive(passphrase)
+
+
 def _unbox(public: dict[str, Any], box: Any, passphrase: bytes) -> bytes:
     parts = exactly(box, "salt commit sealed")
     salt, commit = from_base64(parts["salt"], 32), from_base64(parts["commit"], 32)
-    stretched = Scrypt(salt=salt, length=32, n=2**17, r=8, p=1).derive(passphrase)
-    derived = hkdf(stretched, fields("dtl/v1/box"), 64)
+    derived = hkdf(_stretched(salt, passphrase), fields("dtl/v1/box"), 64)
     require(derived[32:] == commit, 5, "a wrong passphrase")
     aad = fields("dtl/v1/key", dumps(public))
     try:

@@ -42,7 +42,7 @@ class Witnessed:
         found: dict[str, Any] = {
             "job": self.job.digest.hex(),
             "roster": self.job.roster.hex(),
-            "halves": {"server": hexadecimal(self.a), "participant": hexadecimal(self.b)},
+            "halves": self.halves(),
             "uploads": {path.name: self.upload(path) for path in self.files(".upload")},
             "results": {path.name: self.result(path) for path in self.files(".enc")},
             "releases": {path.name: self.release(path) for path in self.files(".release")},
@@ -55,6 +55,9 @@ class Witnessed:
         if weights.exists():
             found["initial"] = values.read_weights(weights)[2].hex()
         return found
+
+    def halves(self) -> dict[str, list[str]]:
+        return {"server": hexadecimal(self.a), "participant": hexadecimal(self.b)}
 
     def upload(self, path: Path) -> dict[str, Any]:
         upload = bulk.read(path, self.job, "upload")
@@ -100,11 +103,12 @@ class Witnessed:
             "opened": values.vector_digest(found.header["layout"], integers).hex(),
         }
 
-    def release(self, path: Path) -> dict[str, Any]:
+    def release(self, path: Path, *names: str) -> dict[str, Any]:
+        """Opened by those of these names, by default by everybody to whom it is granted."""
         job = self.job
         found = releases.read(path, job)
         content_keys = set()
-        for name in releases.granted(found):
+        for name in names or releases.granted(found):
             key, _ = self.read_key(name)
             entries = ledger.read(self.folder / f"job/{name}.ledger", key)
             content_keys.add(releases.unwrap(job, key, found))

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tests.second import intermediates as second
 from tests.vectors.accepted import accepted
 from tests.vectors.faults import Fault, all_faults
 from tests.vectors.intermediates import Witnessed
@@ -133,6 +134,12 @@ def main() -> int:
             if name in made:
                 path.write_bytes(made[name])
         different = []
+    for title in SCENARIOS:
+        with tempfile.TemporaryDirectory() as name:
+            vector = json.loads(made[f"{title}.json"])
+            write_files(Path(name), vector["files"])
+            if second.Witnessed(Path(name)).everything() != vector["intermediates"]:
+                different.append(f"{title}.json, in the second implementation's eyes")
     for name in different:
         print(f"differs: {name}", file=sys.stderr)
     print(f"{len(made)} vectors, {sum(map(len, made.values())):,} bytes")

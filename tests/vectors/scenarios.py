@@ -2,10 +2,11 @@
 
 import hashlib
 import struct
+from collections.abc import Callable
+from math import prod
 from pathlib import Path
 
 from dtl.core.files.safetensors import build_header
-from tests.vectors.published import Published
 
 FOUR = ("alice", "bob", "carol", "dave")
 PRESENT = FOUR[:3]
@@ -19,16 +20,14 @@ def tensors(seed: str, scale: float, specs: tuple[Spec, ...] = SPECS, text: str 
     """A plain file of published values within +-scale; `text` is dtl's metadata."""
     data = b""
     for name, dtype, shape in specs:
-        count = 1
-        for size in shape:
-            count *= size
+        count = prod(shape)
         stream = hashlib.shake_256(f"{seed}/{name}".encode()).digest(2 * count)
         values = [scale * (word / 2**15 - 1) for word in struct.unpack(f"<{count}H", stream)]
         data += struct.pack(f"<{count}{CODES[dtype]}", *values)
     return build_header({"dtl": text} if text else {}, specs) + data
 
 
-def three_rounds(folder: Path, dtl: Published) -> None:
+def three_rounds(folder: Path, dtl: Callable[..., object]) -> None:
     """A sum of four; a model without dave; its next round, whose release admits dave."""
     key = {name: f"job/{name}.key" for name in (*FOUR, "server")}
     (folder / "w0.safetensors").write_bytes(tensors("w0", 0.5))
@@ -69,7 +68,7 @@ def three_rounds(folder: Path, dtl: Published) -> None:
             basis[name] = f"--model {out}"
 
 
-def full_size(folder: Path, dtl: Published) -> None:
+def full_size(folder: Path, dtl: Callable[..., object]) -> None:
     """A sum of three, with masks, modulo the published 3072-bit N."""
     names = FOUR[:3]
     dtl("keygen", "job", "--participants", ",".join(names))
