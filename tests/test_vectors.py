@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import struct
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from math import prod
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.helpers import Cli
 from tests.second import commands, documents, values
@@ -30,6 +32,20 @@ def content(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
+
+
+@pytest.fixture(autouse=True)
+def one_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """typer builds all commands for every run; hundreds of runs here share them."""
+    monkeypatch.setattr(typer.main, "get_command", built)
+
+
+@functools.cache
+def built(commands_of: typer.Typer) -> object:
+    return get_command(commands_of)
+
+
+get_command = typer.main.get_command
 
 
 @pytest.fixture(scope="module")
