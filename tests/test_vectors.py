@@ -9,11 +9,15 @@ from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer
 
+from dtl.core.crypto import primitives
+from dtl.core.errors import VerificationError
+from dtl.core.files import sealed, tensors
 from tests.helpers import Cli
-from tests.second import commands, documents, values
+from tests.second import commands, documents, releases, values
 from tests.second.encoding import Refused
 from tests.second.intermediates import Witnessed
 from tests.vectors import faults, intermediates, make, scenarios
@@ -148,6 +152,45 @@ def test_the_second_implementation_agrees_on_a_fresh_job_at_full_size(
     upload, release = tmp_path / "bob-1.upload", tmp_path / "sum-1.release"
     assert mine.upload(upload) == other.upload(upload)
     assert mine.release(release, "carol") == other.release(release)
+
+
+def test_the_second_implementation_reads_npz(tmp_path: Path) -> None:
+    text = '{"base":null,"format":"dtl/v1","kind":"gradients","opened":null,"round":7}'
+    path = tmp_path / "gradients.npz"
+    arrays = {
+        "ä": np.arange(24, dtype="<f8").reshape(2, 3, 4),
+        "fortran": np.asfortranarray(np.arange(6, dtype="<f2").reshape(2, 3) / 8),
+        "b": np.array([0x3F80, 0xC000], "<u2").view("V2"),
+        "__dtl__": np.array(text),
+    }
+    np.savez(path, allow_pickle=False, **arrays)
+    found, known = values.read_plain(path), tensors.open_tensors(path)
+    assert found.floats() == np.concatenate(list(tensors.values(known))).tolist()
+    assert found.digest.hex() == tensors.initial_digest(known)
+    assert known.metadata is not None
+    assert found.metadata == known.metadata.plain()
+    known.close()
+
+
+def test_chunks_of_a_release_keep_their_places() -> None:
+    """A vector of several chunks would be larger than all the others together."""
+    key, core = bytes(range(32)), bytes(range(64))
+    payload = b"".join(index.to_bytes(4, "little") for index in range(5 << 17))  # 2.5 MiB
+    chunks = list(sealed.seal_stream(key, core, [payload[:7], payload[7:]]))
+    assert [len(chunk) for chunk in chunks] == [2**20 + 16, 2**20 + 16, 2**19 + 16]
+    assert releases.open_chunks(b"".join(chunks), key, core) == payload
+    for wrong in (
+        [chunks[1], chunks[0], chunks[2]],  # out of order
+        [chunks[0], chunks[0], chunks[2]],  # one twice
+        [chunks[0], chunks[1]],  # the last one cut off
+        [chunks[0], chunks[2]],  # one left out
+    ):
+        with pytest.raises(Refused) as refused:
+            releases.open_chunks(b"".join(wrong), key, core)
+        assert refused.value.code == 4
+        last = len(wrong) - 1
+        with pytest.raises(VerificationError):
+            _ = [primitives.open_chunk(key, i, i == last, c, core) for i, c in enumerate(wrong)]
 
 
 def second(command: list[str]) -> int:

@@ -32,8 +32,8 @@ class Given:
     def job(self) -> Job:
         return documents.read_job(self.path("--job") or self.files[0].with_name("job.json"))
 
-    def key(self, role: str) -> tuple[Key, Job, list[Entry]]:
-        """The key of --key, which must be of this role, its job and its ledger."""
+    def key(self, role: str) -> tuple[Key, Job]:
+        """The key of --key, which must be of this role, and its job."""
         path = self.path("--key")
         assert path
         passphrase = self.path("--passphrase-file")
@@ -43,9 +43,11 @@ class Given:
         )
         found = key.name if key.name in ("server", "kgc") else "participant"
         require(found == role, 5, "a key of another role")
-        if role == "kgc":
-            return key, job, []
-        return key, job, ledger.read(path.with_name(f"{key.name}.ledger"), key)
+        return key, job
+
+    def ledger(self, key: Key) -> list[Entry]:
+        """What the ledger beside --key says."""
+        return ledger.read(Path(self.options["--key"][0]).with_name(f"{key.name}.ledger"), key)
 
 
 def parse(arguments: Sequence[str]) -> Given:
@@ -100,13 +102,13 @@ def _check_close(
 
 
 def aggregate(given: Given) -> None:
-    _, job, entries = given.key("server")
+    key, job = given.key("server")
     path = given.path("--close")
     close = documents.read_close(path, job) if path else None
     reveals = [documents.read_reveal(item, job) for item in given.paths("--reveals")]
     start = _start(job, given)
     uploads, digests = _accept(job, given, start)
-    round_ = uploads[0].header["round"]
+    entries, round_ = given.ledger(key), uploads[0].header["round"]
     _check_first(entries, round_, digests)
     require(len(uploads) >= job.body["min_contributors"], 6, "too few contributors")
     if close is None:
@@ -121,9 +123,9 @@ def aggregate(given: Given) -> None:
 
 
 def close_round(given: Given) -> None:
-    _, job, entries = given.key("server")
+    key, job = given.key("server")
     uploads, digests = _accept(job, given, None)
-    round_ = uploads[0].header["round"]
+    entries, round_ = given.ledger(key), uploads[0].header["round"]
     _check_first(entries, round_, digests)
     require(documents.can_close(job, len(digests)), 6, "too few to close a round")
     require(not find(entries, "release", round=round_), 5, "the round was released")
@@ -134,13 +136,14 @@ def close_round(given: Given) -> None:
 
 
 def reveal_masks(given: Given) -> None:
-    key, job, entries = given.key("participant")
+    key, job = given.key("participant")
     close = documents.read_close(given.files[0], job)
     body = close.body
     present = {entry["participant"]: entry["upload"] for entry in body["contributors"]}
     require(sorted([*present, *body["missing"]]) == job.names, 3, "not the roster")
     require(key.name in present, 5, "declares the owner missing")
     require(documents.can_close(job, len(present)), 6, "too few")
+    entries = given.ledger(key)
     sent = find(entries, "upload", round=body["round"])
     require(sent, 4, "nothing was sent for that round")
     stated = (sent[0]["upload"], sent[0]["base"])
@@ -156,11 +159,11 @@ def reveal_masks(given: Given) -> None:
 
 
 def release_model(given: Given) -> None:
-    _, job, entries = given.key("server")
+    key, job = given.key("server")
     result = results.read_result(given.files[0], job)
     header, digest = result.header, result.digest.hex()
     require(len(header["contributors"]) >= job.body["min_contributors"], 6, "too few contributors")
-    base = header["parent"] or header["initial"]
+    entries, base = given.ledger(key), header["parent"] or header["initial"]
     for name in given.options.get("--admit", []):
         for entry in find(entries, "release"):
             again = name in entry["admitted"] and entry["result"] != digest
@@ -174,13 +177,14 @@ def release_model(given: Given) -> None:
 
 
 def open_model(given: Given) -> None:
-    key, job, entries = given.key("participant")
+    key, job = given.key("participant")
     release = releases.read(given.files[0], job)
-    releases.open_release(job, key, release, entries)
+    require(key.name in releases.granted(release), 5, "not granted")
+    releases.open_release(job, key, release, given.ledger(key))
 
 
 def encrypt_grads(given: Given) -> None:
-    _, job, _ = given.key("participant")
+    key, _ = given.key("participant")
     gradients = values.read_plain(given.files[0])
     known = gradients.metadata
     require(not known or known["kind"] == "gradients", 3, "not gradients")
@@ -191,7 +195,7 @@ def encrypt_grads(given: Given) -> None:
         require(same, 3, "other tensors than the model")
         require(not known or known["base"] == base.hex(), 3, "based on another model")
     require(all(map(values.is_finite, gradients.floats())), 7, "not finite")
-    require(job.e_max >= 1, 3, "no room")
+    given.ledger(key)
 
 
 def verify(given: Given) -> None:

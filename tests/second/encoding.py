@@ -120,7 +120,7 @@ def from_hex(value: Any, length: int) -> bytes:
 
 def number_from_hex(value: Any) -> int:
     """A big integer in lower-case hex without leading zeros."""
-    require(re.fullmatch(r"0|[1-9a-f][0-9a-f]*", text(value)), 3, "not a number in hex")
+    require(re.fullmatch(r"[1-9a-f][0-9a-f]{0,8191}", text(value)), 3, "not a number in hex")
     return int(value, 16)
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import itertools
 import math
 import struct
 import zipfile
@@ -136,15 +137,24 @@ def _npz(raw: bytes) -> tuple[list[dict[str, Any]], list[bytes], bytes | None]:
             array = archive.read(member)
             size = int.from_bytes(array[8:10], "little")
             head = ast.literal_eval(array[10 : 10 + size].decode())
-            data = array[10 + size :]
+            data, shape = array[10 + size :], list(head["shape"])
             if member == "__dtl__.npy":
                 text = data.decode("utf-32-le").encode()
                 continue
-            require(not head["fortran_order"] and head["descr"] in NPZ, 3, "not floats in C order")
-            shape = list(head["shape"])
-            layout.append({"name": member[:-4], "shape": shape, "dtype": NPZ[head["descr"]]})
-            parts.append(data)
+            require(head["descr"] in NPZ, 3, "not floats")
+            dtype = NPZ[head["descr"]]
+            require(len(data) == prod(shape) * SIZES[dtype], 3, "a length")
+            layout.append({"name": member[:-4], "shape": shape, "dtype": dtype})
+            parts.append(_turned(data, shape, SIZES[dtype]) if head["fortran_order"] else data)
     return layout, parts, text
+
+
+def _turned(data: bytes, shape: list[int], size: int) -> bytes:
+    """Fortran order to C order."""
+    steps = [prod(shape[:axis]) for axis in range(len(shape))]
+    places = itertools.product(*map(range, shape))
+    starts = (size * sum(i * step for i, step in zip(p, steps, strict=True)) for p in places)
+    return b"".join(data[at : at + size] for at in starts)
 
 
 def read_weights(path: Path) -> tuple[Plain, int, bytes]:
