@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
 
-.PHONY: demo test check bench bits long clean
+.PHONY: demo test check bench bits vectors long clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -32,6 +32,10 @@ bits: $(VENV)/.test
 
 long: $(VENV)/.test
 	$(BIN)/python tests/long_run.py
+
+# Make the test vectors anew, and fail on any difference; WRITE=--write brings them up to date.
+vectors: $(VENV)/.test
+	$(BIN)/python -m tests.vectors.make $(WRITE)
 
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

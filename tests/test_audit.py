@@ -463,3 +463,15 @@ def test_a_second_result_on_one_base_needs_consent(new_round: NewRound) -> None:
     round_.release(results[0], out="r1")
     round_.release(results[1], out="r2", code=5)
     round_.release(results[1], "--accept-differencing", out="r2")
+
+
+@pytest.mark.parametrize("seed", ["server_seed", "participant_seed"])
+def test_a_center_with_another_jobs_seed_accuses_nobody(new_round: NewRound, seed: str) -> None:
+    round_ = new_round()
+    upload = round_.upload("alice", random_arrays(1))
+    key = round_.key("kgc")
+    body = json.loads(key.read_bytes())
+    key.write_bytes(canonical_json.dumps(body | {seed: body["mask_root"]}))
+    found = round_.dtl("audit", upload, "--key", key, code=4)
+    assert f"{key}: not the key that the job names for kgc" in found.err
+    assert not found.out

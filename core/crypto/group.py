@@ -135,8 +135,21 @@ def generate_public_key(
         g = residues.power(x, 2 * n, n * n)
         if math.gcd(g - 1, n) == 1:
             break
+    return PublicKey(n, g, _components(n, g, server_half, participant_half))
+
+
+def has_halves(
+    key: PublicKey, server_half: tuple[int, ...], participant_half: tuple[int, ...]
+) -> bool:
+    """Whether h_j = g^(a_j + b_j) for every j: both halves are those of this key."""
+    return key.h == _components(key.n, key.g, server_half, participant_half)
+
+
+def _components(
+    n: int, g: int, server_half: tuple[int, ...], participant_half: tuple[int, ...]
+) -> tuple[int, ...]:
     halves = zip(server_half, participant_half, strict=True)
-    return PublicKey(n, g, tuple(residues.power(g, a + b, n * n) for a, b in halves))
+    return tuple(residues.power(g, a + b, n * n) for a, b in halves)
 
 
 def expand_half(seed: bytes, label: str, job_id: bytes, bits: int) -> tuple[int, ...]:

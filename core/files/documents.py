@@ -12,7 +12,14 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import Field, model_validator
 
 from dtl.core.crypto import primitives
-from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor, expand_half, security_of
+from dtl.core.crypto.group import (
+    COMPONENTS,
+    PublicKey,
+    StrongTrapdoor,
+    expand_half,
+    has_halves,
+    security_of,
+)
 from dtl.core.encoding.fixed_point import FixedPoint
 from dtl.core.encoding.packing import Packing
 from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
@@ -345,6 +352,17 @@ class Key:
         return participant_half(self.secrets.participant_seed, job_id, bits)
 
     @property
+    def halves(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Both halves of the weak trapdoor (the center's key only)."""
+        if not isinstance(self.secrets, KgcSecrets):
+            raise NotAllowedError(f"{self.path}: expected the key generation center's key")
+        bits, job_id = self.job.public_key.exponent_bits, bytes.fromhex(self.job.id)
+        return (
+            server_half(self.secrets.server_seed, job_id, bits),
+            participant_half(self.secrets.participant_seed, job_id, bits),
+        )
+
+    @property
     def trapdoor(self) -> StrongTrapdoor:
         """The strong trapdoor (the center's key only)."""
         if not isinstance(self.secrets, KgcSecrets):
@@ -357,6 +375,7 @@ class Key:
         match self.secrets:
             case KgcSecrets():
                 good = public == self.job.kgc.sign and self.secrets.p * self.secrets.q == self.job.N
+                good = good and has_halves(self.job.public_key, *self.halves)
             case ServerSecrets():
                 good = public == self.job.server.sign
             case ParticipantSecrets():

@@ -132,8 +132,8 @@ class ResultHeader(VectorHeader):
             raise ValueError("expected unique names in order")
         if set(names) & set(self.missing) or not set(names) <= set(self.contributions):
             raise ValueError("the manifest contradicts itself")
-        if self.kind == "model" and self.initial is None:
-            raise ValueError("a model names its initial weights")
+        if (self.kind == "model") != (self.initial is not None):
+            raise ValueError("a model names its initial weights, and a sum none")
         return self
 
     @property

@@ -21,7 +21,7 @@ from dtl.core.files import tensors
 from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, check_output, read_start
 from dtl.core.files.closing import Reveal, kind_of
 from dtl.core.files.container import PROOF, RESIDUES, Container, Rows, is_container
-from dtl.core.files.documents import KGC, Job, Key, KgcSecrets, participant_half, server_half
+from dtl.core.files.documents import KGC, Job, Key, KgcSecrets
 from dtl.core.files.headers import ResultHeader, UploadHeader, read_header
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensor_writer import TensorWriter, check_suffix
@@ -151,13 +151,7 @@ class _Auditor:
             raise UsageError(f"{key.path}: expected the key generation center's key")
         self._job, self._work, self._secrets = key.job, work, key.secrets
         self._trapdoor = key.trapdoor
-        job_id, bits = bytes.fromhex(key.job.id), key.job.public_key.exponent_bits
-        halves = zip(
-            server_half(key.secrets.server_seed, job_id, bits),
-            participant_half(key.secrets.participant_seed, job_id, bits),
-            strict=True,
-        )
-        self._exponents = tuple(a + b for a, b in halves)
+        self._exponents = tuple(a + b for a, b in zip(*key.halves, strict=True))
         self._vectors: dict[str, str] = {}  # digest of a base -> what it opened to
 
     def learn_bases(

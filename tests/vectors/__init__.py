@@ -1,0 +1,1 @@
+"""Test vectors: see README.md in this folder."""

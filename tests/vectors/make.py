@@ -1,0 +1,150 @@
+"""Make the vectors anew, and compare them with those in this folder: `make vectors`.
+
+Ends with 1 on any difference. With --write the folder is brought up to date instead.
+"""
+
+import base64
+import json
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tests.second import intermediates as second
+from tests.vectors.accepted import accepted
+from tests.vectors.faults import Fault, all_faults
+from tests.vectors.intermediates import Witnessed
+from tests.vectors.published import Published
+from tests.vectors.scenarios import SCENARIOS
+from tests.vectors.scene import Scene
+
+HERE = Path(__file__).parent
+WRAPPED = "wrapped.json"
+
+
+def encode(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def read(name: str) -> dict[str, Any]:
+    """A vector of this folder."""
+    found: dict[str, Any] = json.loads((HERE / name).read_bytes())
+    return found
+
+
+def files_of(folder: Path) -> dict[str, str]:
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): _base64(path.read_bytes()) for path in paths}
+
+
+def write_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Put files into a folder: whole ones in base64, splices of what is there, None: removed."""
+    for name, given in files.items():
+        path = folder / name
+        path.parent.mkdir(exist_ok=True, mode=0o700)
+        if given is None:
+            path.unlink()
+            continue
+        path.touch(mode=0o600)
+        if isinstance(given, str):
+            path.write_bytes(base64.b64decode(given))
+        else:
+            good, at = path.read_bytes(), given["at"]
+            put = base64.b64decode(given["put"])
+            path.write_bytes(good[:at] + put + good[at + given["cut"] :])
+
+
+def splice(good: bytes, bad: bytes) -> dict[str, Any]:
+    """What to cut out of one file, and to put there, to get another."""
+    start = _common(good, bad)
+    rest, other = good[start:], bad[start:]
+    end = _common(rest[::-1], other[::-1])
+    put = other[: len(other) - end]
+    return {"at": start, "cut": len(rest) - end, "put": _base64(put)}
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes they begin with in common."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((at for at, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def _base64(raw: bytes) -> str:
+    return base64.b64encode(raw).decode()
+
+
+def _vector(fault: Fault, scene: Scene) -> dict[str, Any]:
+    files: dict[str, Any] = {}
+    for name, raw in fault.change(scene).items():
+        if raw is None:
+            files[name] = None
+        elif (scene.folder / name).exists():
+            files[name] = splice(scene.read(name), raw)
+        else:
+            files[name] = _base64(raw)
+    return {
+        "about": fault.about,
+        "command": fault.command.split(),
+        "exit": fault.code,
+        "files": files,
+    }
+
+
+def make() -> dict[str, bytes]:
+    """Every file of this folder that is not code, by its path."""
+    wrapped = read(WRAPPED) if (HERE / WRAPPED).exists() else {}
+    used: dict[str, str] = {}
+    made: dict[str, bytes] = {}
+    for title, play in SCENARIOS.items():
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            dtl = Published(folder, title, wrapped)
+            play(folder, dtl)
+            used |= dtl.used
+            content = {"files": files_of(folder), "intermediates": Witnessed(folder).everything()}
+            made[f"{title}.json"] = encode(content)
+            if title != "three-rounds":
+                continue
+            scene = Scene(folder)
+            for folder_name, faults in (("refused", all_faults()), ("accepted", accepted())):
+                for fault in faults:
+                    made[f"{folder_name}/{fault.name}.json"] = encode(_vector(fault, scene))
+    made[WRAPPED] = encode(used)
+    return made
+
+
+def stored() -> dict[str, bytes]:
+    """The vectors in this folder."""
+    return {str(path.relative_to(HERE)): path.read_bytes() for path in HERE.rglob("*.json")}
+
+
+def differences(made: Mapping[str, bytes], known: Mapping[str, bytes]) -> list[str]:
+    return sorted(n for n in {*made, *known} if made.get(n) != known.get(n))
+
+
+def main() -> int:
+    made = make()
+    different = differences(made, stored())
+    if "--write" in sys.argv[1:]:
+        for name in different:
+            path = HERE / name
+            path.parent.mkdir(exist_ok=True)
+            path.unlink(missing_ok=True)
+            if name in made:
+                path.write_bytes(made[name])
+        different = []
+    for title in SCENARIOS:
+        with tempfile.TemporaryDirectory() as name:
+            vector = json.loads(made[f"{title}.json"])
+            write_files(Path(name), vector["files"])
+            if second.Witnessed(Path(name)).everything() != vector["intermediates"]:
+                different.append(f"{title}.json, in the second implementation's eyes")
+    for name in different:
+        print(f"differs: {name}", file=sys.stderr)
+    print(f"{len(made)} vectors, {sum(map(len, made.values())):,} bytes")
+    return 1 if different else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
