@@ -19,6 +19,7 @@ FLOORS = [
     "dtl.core.encoding",
     "dtl.datasets",
     "dtl.core.files",
+    "dtl.core.cluster",
     "dtl.core.parallel",
     "dtl.core.public",
     "dtl.core.roles",
@@ -76,6 +77,8 @@ def test_roles_do_not_import_one_another() -> None:
         ("dtl.core.crypto._kernel", "core/crypto/native.py"),
         ("rich", "cli/terminal.py"),
         ("joblib", "core/parallel.py"),
+        ("dask", "core/cluster.py"),
+        ("distributed", "core/cluster.py"),
     ],
 )
 def test_libraries_live_in_one_place(library: str, allowed: str) -> None:
