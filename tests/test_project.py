@@ -24,6 +24,7 @@ FLOORS = [
     "dtl.core.public",
     "dtl.core.roles",
     "dtl.core.learning",
+    "dtl.core.flower",
     "dtl.core.benchmark",
     "dtl.cli",
 ]
