@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
 
-.PHONY: demo test check bench bits long clean
+.PHONY: demo test check bench bits long engines clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -32,6 +32,11 @@ bits: $(VENV)/.test
 
 long: $(VENV)/.test
 	$(BIN)/python tests/long_run.py
+
+# Dask and Flower in a network of loopback only: some minutes.
+engines: $(VENV)/.test .links
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dask,flower]'
+	$(BIN)/python -m tests.engines
 
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -15,6 +15,8 @@ EXAMPLE = """Example:
   dtl flower supernode node --insecure --superlink 127.0.0.1:8000
   --node-config 'key="job/alice.key" data="shards/alice.npz" folder="alice"'
 
+  dtl flower flwr run supernode register alice.pub --name alice
+
   dtl flower run run"""
 
 
@@ -23,6 +25,7 @@ class Part(StrEnum):
 
     SUPERLINK = "superlink"
     SUPERNODE = "supernode"
+    FLWR = "flwr"
     RUN = "run"
 
 
@@ -31,7 +34,8 @@ def flower(
     part: Annotated[
         Part,
         typer.Argument(
-            help="The server's SuperLink, a participant's SuperNode, or a run, to its end.",
+            help="The server's SuperLink, a participant's SuperNode, any command of flwr, or a "
+            "run, to its end.",
             show_default=False,
         ),
     ],

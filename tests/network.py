@@ -28,6 +28,19 @@ class Network:
         port = self.address.rpartition(":")[2]
         place = ("--host", LOOPBACK, "--port", port)
         self.start("superlink", "superlink", *place, *link_options)
+        self._wait_for_port(int(port))
+
+    def _wait_for_port(self, port: int, seconds: float = 60) -> None:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                socket.create_connection((LOOPBACK, port)).close()
+                return
+            except OSError:
+                if time.monotonic() > deadline:
+                    self.close()
+                    raise AssertionError(self.log("superlink")) from None
+            time.sleep(0.1)
 
     def start(self, name: str, part: str, *options: str) -> None:
         """Start a part in a session of its own, so that all it starts ends with it."""
@@ -50,7 +63,9 @@ class Network:
             "folder": f"{name}-files",
             "rounding-seed": "s",
         } | {key.replace("_", "-"): value for key, value in settings.items()}
-        shown = {key: f'"{v}"' if isinstance(v, str) else str(v).lower() for key, v in words.items()}
+        shown = {
+            key: f'"{v}"' if isinstance(v, str) else str(v).lower() for key, v in words.items()
+        }
         config = " ".join(f"{key}={value}" for key, value in shown.items())
         here = ("--superlink", self.address, "--host", LOOPBACK, "--port", str(free_port()))
         self.start(name, "supernode", *here, *options, "--node-config", config)
@@ -71,10 +86,9 @@ class Network:
     def run(self, folder: str) -> subprocess.Popen[bytes]:
         """Start the run that flower-config wrote."""
         with (self.folder / "run.log").open("ab") as log:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [DTL, "flower", "run", folder], stdout=log, stderr=log, cwd=self.folder
             )
-        return process
 
     def log(self, name: str = "run") -> str:
         return (self.folder / f"{name}.log").read_text(errors="replace")

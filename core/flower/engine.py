@@ -15,6 +15,7 @@ PROGRAMS = {
     # Without the flag it would install the app's dependencies from a package index.
     "superlink": ("flower-superlink", "--disable-runtime-dependency-installation"),
     "supernode": ("flower-supernode",),
+    "flwr": ("flwr",),
 }
 _DONE = "finished:completed"
 
@@ -27,7 +28,7 @@ def environment(home: Path) -> dict[str, str]:
 
 
 def start(part: str, home: Path, options: Sequence[str]) -> None:
-    """Become a SuperLink or SuperNode: does not return. UsageError without the extra."""
+    """Become a SuperLink, a SuperNode or flwr: does not return. UsageError without the extra."""
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     program, *flags = PROGRAMS[part]
     os.execve(_program(program), [program, *flags, *options], environment(home))  # noqa: S606

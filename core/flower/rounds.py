@@ -31,6 +31,10 @@ logger = logging.getLogger("flwr.dtl")
 class Courier(Protocol):
     """Brings requests with a file to participants, and their answers back."""
 
+    def present(self) -> Collection[str]:
+        """Who is there."""
+        ...
+
     def ask(
         self, step: str, names: Collection[str], number: int, file: Path
     ) -> Iterator[tuple[str, bytes]]:
@@ -97,7 +101,10 @@ class Conductor:
         result = folder / MODEL_RESULT
         if not result.exists():
             self._aggregate(number, folder, result)
-        policy = server.Policy(admit=server.newcomers(self._key, result))
+        # An admission is given once: only to who is there to make use of it.
+        here = self._courier.present()
+        admit = [name for name in server.newcomers(self._key, result) if name in here]
+        policy = server.Policy(admit=admit)
         server.release(self._key, result, folder / MODEL_RELEASE, policy, work=self._work)
 
     def _aggregate(self, number: int, folder: Path, result: Path) -> None:

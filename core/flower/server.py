@@ -15,6 +15,7 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from dtl.core.errors import DtlError, QuorumError, UsageError
+from dtl.core.files.atomic import machine_errors
 from dtl.core.files.documents import Job, Key, read_passphrase
 from dtl.core.flower import payload
 from dtl.core.flower.rounds import CONTRIBUTE, RELEASE, REVEAL, Conductor, Plan
@@ -46,18 +47,23 @@ class Nodes:
         self, step: str, names: Collection[str], number: int, file: Path
     ) -> Iterator[tuple[str, bytes]]:
         """Send a file to the nodes of the named; yield (name, file) as answers come in."""
-        nodes = {node: name for node, name in self.present().items() if name in names}
+        nodes = {node: name for node, name in self._nodes().items() if name in names}
         absent = sorted(set(names) - set(nodes.values()))
         if absent:
             logger.info("round %d: not there: %s", number, ", ".join(absent))
-        content = payload.pack(file.read_bytes(), round=number)
+        with machine_errors(file):
+            content = payload.pack(file.read_bytes(), round=number)
         for node, reply in self._exchange(MESSAGE_TYPES[step], content, nodes, self.timeout):
             try:
                 yield nodes[node], payload.file_of(reply)
             except DtlError as error:
                 logger.warning("round %d: %s: %s: %s", number, nodes[node], step, error.message)
 
-    def present(self) -> dict[int, str]:
+    def present(self) -> Collection[str]:
+        """For whom nodes are there."""
+        return set(self._nodes().values())
+
+    def _nodes(self) -> dict[int, str]:
         """For whom the nodes that are there speak: one node each."""
         nodes = sorted(self.grid.get_nodes(), key=lambda info: info.last_activated_at)
         here = {info.node_id: info.name for info in nodes}
