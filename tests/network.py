@@ -75,14 +75,6 @@ class Network:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
-    def wait_for(self, name: str, text: str, seconds: float = 60) -> None:
-        """Wait until a process has written a text into its log."""
-        log, deadline = self.folder / f"{name}.log", time.monotonic() + seconds
-        while text not in log.read_text(errors="replace"):
-            if time.monotonic() > deadline or self.processes[name].poll() is not None:
-                raise AssertionError(log.read_text(errors="replace"))
-            time.sleep(0.1)
-
     def run(self, folder: str) -> subprocess.Popen[bytes]:
         """Start the run that flower-config wrote."""
         with (self.folder / "run.log").open("ab") as log:

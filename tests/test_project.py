@@ -91,6 +91,15 @@ def test_libraries_live_in_one_place(library: str, allowed: str) -> None:
     assert users == {allowed}
 
 
+def test_flower_lives_in_its_apps() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(name.split(".")[0] == "flwr" for name in imports_of(path))
+    }
+    assert users == {f"core/flower/{name}.py" for name in ("client", "payload", "server")}
+
+
 def test_every_subpackage_is_listed() -> None:
     configured = tomllib.loads((ROOT / "pyproject.toml").read_text())
     listed = set(configured["tool"]["setuptools"]["packages"])
