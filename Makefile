@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
 
-.PHONY: demo test check bench bits vectors long clean
+.PHONY: demo test check bench bits vectors long engines clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -36,6 +36,11 @@ long: $(VENV)/.test
 # Make the test vectors anew, and fail on any difference; WRITE=--write brings them up to date.
 vectors: $(VENV)/.test
 	$(BIN)/python -m tests.vectors.make $(WRITE)
+
+# Dask and Flower in a network of loopback only: some minutes.
+engines: $(VENV)/.test .links
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[dask,flower]'
+	$(BIN)/python -m tests.engines
 
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -7,6 +7,9 @@ import typer
 
 from dtl.cli import options
 from dtl.cli.options import (
+    BackendName,
+    BackendOption,
+    ClusterOption,
     ForceOption,
     JobOption,
     JsonOption,
@@ -64,6 +67,8 @@ def aggregate(
     passphrase_file: PassphraseOption = None,
     force: ForceOption = False,
     workers: WorkersOption = None,
+    backend: BackendOption = BackendName.LOCAL,
+    cluster: ClusterOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -72,7 +77,7 @@ def aggregate(
 
     output = Output(json, quiet)
     opened = options.open_key(key, job, passphrase_file)
-    with output.work(workers) as work:
+    with output.work(workers, backend, cluster) as work:
         given = server.Round(model, initial, close, reveals or (), skip_invalid)
         report = server.aggregate(opened, uploads, out, given, force, work)
     header = report.header

@@ -20,6 +20,8 @@ from dtl.cli import (
     compute_grads,
     encrypt_grads,
     evaluate,
+    flower,
+    flower_config,
     init_model,
     inspect,
     keygen,
@@ -55,9 +57,9 @@ app = typer.Typer(
 )
 
 
-def _add(panel: str, function: Callable[..., None], example: str) -> None:
+def _add(panel: str, function: Callable[..., None], example: str, **settings: bool) -> None:
     name = function.__name__.replace("_", "-")
-    app.command(name, epilog=example, rich_help_panel=panel)(function)
+    app.command(name, epilog=example, rich_help_panel=panel, context_settings=settings)(function)
 
 
 _add(KGC, keygen.keygen, keygen.EXAMPLE)
@@ -70,6 +72,8 @@ _add(PARTICIPANT, apply_sum.apply_sum, apply_sum.EXAMPLE)
 _add(SERVER, aggregate.aggregate, aggregate.EXAMPLE)
 _add(SERVER, close_round.close_round, close_round.EXAMPLE)
 _add(SERVER, release_model.release_model, release_model.EXAMPLE)
+_add(SERVER, flower_config.flower_config, flower_config.EXAMPLE)
+_add(ANYONE, flower.flower, flower.EXAMPLE, allow_extra_args=True, ignore_unknown_options=True)
 _add(ANYONE, inspect.inspect, inspect.EXAMPLE)
 _add(ANYONE, verify.verify, verify.EXAMPLE)
 _add(ANYONE, split_data.split_data, split_data.EXAMPLE)

@@ -7,6 +7,9 @@ import typer
 
 from dtl.cli import options
 from dtl.cli.options import (
+    BackendName,
+    BackendOption,
+    ClusterOption,
     ForceOption,
     JobOption,
     JsonOption,
@@ -16,6 +19,7 @@ from dtl.cli.options import (
     PassphraseOption,
     QuietOption,
     RoundingName,
+    SecretsOption,
     WorkersOption,
 )
 from dtl.core import defaults
@@ -73,6 +77,9 @@ def encrypt_grads(
     passphrase_file: PassphraseOption = None,
     force: ForceOption = False,
     workers: WorkersOption = None,
+    backend: BackendOption = BackendName.LOCAL,
+    cluster: ClusterOption = None,
+    secrets_to_workers: SecretsOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -101,7 +108,7 @@ def encrypt_grads(
         model=model,
         accept_differencing=accept_differencing,
     )
-    with output.work(workers) as work:
+    with output.work(workers, backend, cluster, secrets_to_workers) as work:
         report = participant.encrypt_gradients(opened, gradients, out, wanted, force, work)
     header = report.header
     output.show(

@@ -7,6 +7,9 @@ import typer
 
 from dtl.cli import options
 from dtl.cli.options import (
+    BackendName,
+    BackendOption,
+    ClusterOption,
     ForceOption,
     JobOption,
     JsonOption,
@@ -15,6 +18,7 @@ from dtl.cli.options import (
     Output,
     PassphraseOption,
     QuietOption,
+    SecretsOption,
     WorkersOption,
 )
 
@@ -33,6 +37,9 @@ def open_model(
     passphrase_file: PassphraseOption = None,
     force: ForceOption = False,
     workers: WorkersOption = None,
+    backend: BackendOption = BackendName.LOCAL,
+    cluster: ClusterOption = None,
+    secrets_to_workers: SecretsOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -41,7 +48,7 @@ def open_model(
 
     output = Output(json, quiet)
     opened = options.open_key(key, job, passphrase_file)
-    with output.work(workers) as work:
+    with output.work(workers, backend, cluster, secrets_to_workers) as work:
         report = participant.open_release(opened, release, out, force, work)
     manifest = report.header.manifest
     output.show(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dtl.cli import terminal
+from dtl.core.cluster import connect
 from dtl.core.errors import UsageError
 from dtl.core.parallel import Work
 from dtl.core.progress import ProgressCallback
@@ -20,6 +21,14 @@ if TYPE_CHECKING:
     from dtl.core.files.documents import Key
 
 JOB_FILE = "job.json"
+
+
+class BackendName(StrEnum):
+    """Where heavy work is done."""
+
+    LOCAL = "local"
+    DASK = "dask"
+
 
 JobOption = Annotated[
     Path | None,
@@ -51,6 +60,27 @@ ForceOption = Annotated[
 WorkersOption = Annotated[
     int | None,
     typer.Option("--workers", min=1, help="Cores to use; by default all.", show_default=False),
+]
+BackendOption = Annotated[
+    BackendName,
+    typer.Option("--backend", help="Where the work is done: on this machine, or by Dask."),
+]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        metavar="ADDRESS",
+        help="With --backend dask: its scheduler, tcp://HOST:PORT or tls://HOST:PORT. Workers "
+        "need the same dtl and read the same files under the same names.",
+        show_default=False,
+    ),
+]
+SecretsOption = Annotated[
+    bool,
+    typer.Option(
+        "--secrets-to-workers",
+        help="With --backend dask: let secrets of this step leave this machine.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 QuietOption = Annotated[
@@ -104,10 +134,24 @@ class Output:
                 terminal.show_blank_line(self.quiet)
 
     @contextmanager
-    def work(self, workers: int | None) -> Iterator[Work]:
-        """Work on so many cores, with progress shown."""
-        with self.progress() as progress:
-            yield Work(workers, progress)
+    def work(
+        self,
+        workers: int | None,
+        backend: BackendName = BackendName.LOCAL,
+        address: str | None = None,
+        secrets_to_workers: bool = False,
+    ) -> Iterator[Work]:
+        """Work on so many cores, or on a cluster, with progress shown."""
+        if backend is BackendName.LOCAL:
+            if address is not None or secrets_to_workers:
+                raise UsageError("--cluster, --secrets-to-workers: only with --backend dask")
+            with self.progress() as progress:
+                yield Work(workers, progress)
+            return
+        if address is None:
+            raise UsageError("--backend dask: needs --cluster tcp://HOST:PORT")
+        with connect(address, secrets_to_workers) as cluster, self.progress() as progress:
+            yield Work(workers, progress, cluster)
 
     @contextmanager
     def progress(self) -> Iterator[ProgressCallback]:

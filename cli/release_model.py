@@ -7,6 +7,9 @@ import typer
 
 from dtl.cli import options
 from dtl.cli.options import (
+    BackendName,
+    BackendOption,
+    ClusterOption,
     ForceOption,
     JobOption,
     JsonOption,
@@ -15,6 +18,7 @@ from dtl.cli.options import (
     Output,
     PassphraseOption,
     QuietOption,
+    SecretsOption,
     WorkersOption,
 )
 
@@ -71,6 +75,9 @@ def release_model(
     passphrase_file: PassphraseOption = None,
     force: ForceOption = False,
     workers: WorkersOption = None,
+    backend: BackendOption = BackendName.LOCAL,
+    cluster: ClusterOption = None,
+    secrets_to_workers: SecretsOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -86,7 +93,7 @@ def release_model(
         admit=options.names(admit, "--admit") if admit is not None else (),
         accept_differencing=accept_differencing,
     )
-    with output.work(workers) as work:
+    with output.work(workers, backend, cluster, secrets_to_workers) as work:
         report = server.release(opened, result, out, policy, force, work)
     output.show(
         release=str(out),

@@ -6,7 +6,16 @@ from typing import Annotated
 import typer
 
 from dtl.cli import options
-from dtl.cli.options import JobOption, JsonOption, Output, QuietOption, WorkersOption
+from dtl.cli.options import (
+    BackendName,
+    BackendOption,
+    ClusterOption,
+    JobOption,
+    JsonOption,
+    Output,
+    QuietOption,
+    WorkersOption,
+)
 
 EXAMPLE = """Example:
 
@@ -43,6 +52,8 @@ def verify(
     ] = None,
     job: JobOption = None,
     workers: WorkersOption = None,
+    backend: BackendOption = BackendName.LOCAL,
+    cluster: ClusterOption = None,
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -57,6 +68,6 @@ def verify(
     output = Output(json, quiet)
     evidence = Evidence(uploads or (), model or (), initial, reveals or ())
     opened = Job.load(options.job_path(job, file))
-    with output.work(workers) as work:
+    with output.work(workers, backend, cluster) as work:
         verified = observer.verify(file, opened, evidence, work)
     output.show(**verified)

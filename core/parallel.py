@@ -1,30 +1,34 @@
-"""One map over chunks: in this thread, several threads or several processes, with progress.
+"""One map over chunks: in this thread, in threads, processes or a cluster, with progress.
 
 The one place that decides where work runs: the native kernel releases the GIL, so threads
-share its tables; gmpy2 does not, so its work goes to processes through joblib. Work is a
-module-level function of small arguments; results come back in the order of the tasks, a few
-at a time, so memory does not grow with their number.
+share its tables; gmpy2 does not, so its work goes to processes through joblib. Where there is
+a Dask cluster, work without secrets goes there. Work is a module-level function of small
+arguments; results come back in the order of the tasks, a few at a time, so memory does not
+grow with their number.
 """
 
+import logging
 import os
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+from dtl.core.cluster import Cluster
 from dtl.core.errors import DtlError
 from dtl.core.progress import ProgressCallback, silent
 
 Result = TypeVar("Result")
+logger = logging.getLogger("dtl")
 
 _WATCH_SECONDS = 0.5
 SERIAL_TASKS = 8  # fewer tasks than this usually end before a pool of processes has started
-_AHEAD = 2  # tasks for each thread that are begun or done before their turn
+_AHEAD = 2  # tasks for each worker that are begun or done before their turn
 
 
 def default_workers() -> int:
@@ -36,10 +40,19 @@ def default_workers() -> int:
 
 @dataclass(frozen=True)
 class Work:
-    """How long work is done: on how many cores (None: all), and whom it tells of progress."""
+    """Where work is done, and whom it tells of progress.
+
+    On so many cores of this machine (None: all); and on a cluster, where there is one.
+    """
 
     workers: int | None = None
     progress: ProgressCallback = silent
+    cluster: Cluster | None = None
+
+    @property
+    def lanes(self) -> int:
+        """How many tasks run at once, of those whose arguments are public."""
+        return self.cluster.threads if self.cluster else self.workers or default_workers()
 
     def map(
         self,
@@ -50,21 +63,31 @@ class Work:
         serial_below: int = SERIAL_TASKS,
         kernel: bool = True,
         values: int | None = None,
+        public: bool = False,
     ) -> Iterator[Result]:
         """Yield function(*task) for all `total` tasks, in order; `step` names the work.
 
         `tasks` may be a generator; it is consumed only as fast as results are taken. Where
         processes are needed, fewer than `serial_below` tasks run in this one. `kernel` says
         that the function spends its time in batch arithmetic. `values` is what all tasks
-        stand for together, and then what progress counts. An exception of the function is
-        raised here.
+        stand for together, and then what progress counts. `public` says that anybody may see
+        the arguments of all tasks: others go to a cluster only where it may have secrets. An
+        exception of the function is raised here.
         """
         from dtl.core.crypto.residues import NATIVE, kernel_name  # noqa: PLC0415  (needs numpy)
 
         workers = self.workers or default_workers()
         threads = kernel_name() == NATIVE and kernel
+        cluster = self.cluster
+        if cluster is not None and not (public or cluster.secrets):
+            logger.warning(
+                "%s: stays on this machine, as it needs a secret (--secrets-to-workers)", step
+            )
+            cluster = None
         results: Iterator[Result]
-        if workers == 1 or total < (2 if threads else serial_below):
+        if cluster is not None and total > 1:
+            results = _in_order(cluster.submit, function, tasks, cluster.threads)
+        elif workers == 1 or total < (2 if threads else serial_below):
             results = (function(*task) for task in tasks)
         elif threads:
             results = _threads(function, tasks, workers)
@@ -101,20 +124,33 @@ DEFAULT_WORK = Work()
 """All cores, silently."""
 
 
+def _in_order(
+    submit: Callable[[Callable[..., Result], tuple[object, ...]], Callable[[], Result]],
+    function: Callable[..., Result],
+    tasks: Iterable[tuple[object, ...]],
+    workers: int,
+) -> Iterator[Result]:
+    """Results in the order of the tasks, of which a few are begun ahead.
+
+    `submit` begins function(*task) somewhere, and returns what waits for its result.
+    """
+    remaining = iter(tasks)
+    begun = deque(submit(function, task) for task in islice(remaining, _AHEAD * workers))
+    while begun:
+        yield begun.popleft()()
+        begun.extend(submit(function, task) for task in islice(remaining, 1))
+
+
 def _threads(
     function: Callable[..., Result],
     tasks: Iterable[tuple[object, ...]],
     workers: int,
 ) -> Iterator[Result]:
     pool = ThreadPoolExecutor(workers)
-    remaining = iter(tasks)
     try:
-        begun: deque[Future[Result]] = deque(
-            pool.submit(function, *task) for task in islice(remaining, _AHEAD * workers)
+        yield from _in_order(
+            lambda function, task: pool.submit(function, *task).result, function, tasks, workers
         )
-        while begun:
-            yield begun.popleft().result()
-            begun.extend(pool.submit(function, *task) for task in islice(remaining, 1))
     finally:  # an interrupted command waits for no more than the tasks that run
         pool.shutdown(cancel_futures=True)
 

@@ -19,10 +19,12 @@ FLOORS = [
     "dtl.core.encoding",
     "dtl.datasets",
     "dtl.core.files",
+    "dtl.core.cluster",
     "dtl.core.parallel",
     "dtl.core.public",
     "dtl.core.roles",
     "dtl.core.learning",
+    "dtl.core.flower",
     "dtl.core.benchmark",
     "dtl.cli",
 ]
@@ -76,6 +78,8 @@ def test_roles_do_not_import_one_another() -> None:
         ("dtl.core.crypto._kernel", "core/crypto/native.py"),
         ("rich", "cli/terminal.py"),
         ("joblib", "core/parallel.py"),
+        ("dask", "core/cluster.py"),
+        ("distributed", "core/cluster.py"),
     ],
 )
 def test_libraries_live_in_one_place(library: str, allowed: str) -> None:
@@ -85,6 +89,15 @@ def test_libraries_live_in_one_place(library: str, allowed: str) -> None:
         if any(name == library or name.startswith(f"{library}.") for name in imports_of(path))
     }
     assert users == {allowed}
+
+
+def test_flower_lives_in_its_apps() -> None:
+    users = {
+        str(path.relative_to(ROOT))
+        for path in SOURCES
+        if any(name.split(".")[0] == "flwr" for name in imports_of(path))
+    }
+    assert users == {f"core/flower/{name}.py" for name in ("client", "payload", "server")}
 
 
 def test_every_subpackage_is_listed() -> None:

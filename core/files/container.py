@@ -110,7 +110,7 @@ class Container(SafetensorsFile):
         tensor = self.tensors[name]
         count = tensor.shape[0]
         width = tensor.length // count if count else 0
-        return Rows(self.path, tensor.start, width, self.stamp)
+        return Rows(self.path.absolute(), tensor.start, width, self.stamp)
 
 
 def is_container(path: Path) -> bool:

@@ -141,9 +141,12 @@ class SafetensorsFile:
 
 
 def stamp_of(descriptor: int) -> tuple[int, ...]:
-    """What changes when a file is written to or replaced: inode, size, times of change."""
+    """What changes when a file is written to or replaced: inode, size, times of change.
+
+    Not the device: a shared file system has another number on every machine that mounts it.
+    """
     status = os.fstat(descriptor)
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+    return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def _is_size(value: object) -> bool:

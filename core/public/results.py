@@ -227,7 +227,8 @@ def products(
         (job.public_key, rows, orphans, parent, next(blocks) if blocks else None, *piece)
         for piece in pieces
     )
-    yield from work.map("multiply", _product_chunk, tasks, len(pieces), values=values)
+    # Even the orphaned masks are public: reveals are files that `dtl verify` takes.
+    yield from work.map("multiply", _product_chunk, tasks, len(pieces), values=values, public=True)
 
 
 def _product_chunk(

@@ -18,7 +18,7 @@ from dtl.core.errors import FormatError, NotAllowedError, VerificationError
 from dtl.core.files.container import PROOF, RESIDUES, Container, Rows
 from dtl.core.files.documents import Job
 from dtl.core.files.headers import UploadHeader, check_same_shapes, read_header
-from dtl.core.parallel import Work, default_workers
+from dtl.core.parallel import Work
 
 MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1536  # groups a task; many make the buckets cheap
 POOL_FROM_GROUPS = 768  # below this, one core is done before a pool of processes has started
@@ -89,14 +89,15 @@ def check_proof(job: Job, upload: Upload, work: Work) -> None:
             container.tensor_hash(RESIDUES),
             found.d,
         )
-        workers = work.workers or default_workers()
-        step = min(MAX_PROOF_GROUPS, max(MIN_PROOF_GROUPS, -(-groups // workers)))
+        step = min(MAX_PROOF_GROUPS, max(MIN_PROOF_GROUPS, -(-groups // work.lanes)))
         rows, pieces = upload.rows, spans(groups, step)
         tasks = ((key, rows, rho[first : first + count], first, count) for first, count in pieces)
         serial_below = 2 if groups >= POOL_FROM_GROUPS else len(pieces) + 1
         values = upload.header.values
         step_name = f"check {path.name}"
-        partial = work.map(step_name, _weigh, tasks, len(pieces), serial_below, values=values)
+        partial = work.map(
+            step_name, _weigh, tasks, len(pieces), serial_below, values=values, public=True
+        )
         proof.verify(key, found, _multiply(key, partial))
     except VerificationError as error:
         raise VerificationError(f"{path}: {error.message}", error.hint) from None

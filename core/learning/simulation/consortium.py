@@ -16,8 +16,7 @@ from dtl.core.errors import FormatError, QuorumError, VerificationError
 from dtl.core.files.atomic import machine_errors, read_file, write_file
 from dtl.core.files.container import Container
 from dtl.core.files.documents import SERVER, Job, Key
-from dtl.core.files.headers import AnyHeader, ReleaseHeader, ResultHeader, read_header
-from dtl.core.files.ledger import Ledger, ReleaseEntry
+from dtl.core.files.headers import AnyHeader, ReleaseHeader, read_header
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensors import open_tensors
 from dtl.core.learning import mlp, split
@@ -272,7 +271,7 @@ class Consortium:
             ),
             *("aggregate", *uploads, "--key", f"{JOB}/server.key", *start, *closing, "-o", result),
         )
-        admit = self._to_admit(result)
+        admit = server.newcomers(key, self._folder / result)
         self._journal.run(
             number,
             SERVER,
@@ -322,16 +321,6 @@ class Consortium:
             *("reveal-masks", close, "--key", f"{JOB}/{name}.key", "-o", reveal),
         )
         return reveal
-
-    def _to_admit(self, result: str) -> list[str]:
-        """Who never contributed and was never admitted: let in once, to contribute next."""
-        header, digest = self._header(result)
-        if not isinstance(header, ResultHeader):
-            raise VerificationError(f"{result}: expected a sum or a model")
-        with Ledger(self.key(SERVER)) as ledger:
-            before = [entry for entry in ledger.find(ReleaseEntry) if entry.result != digest]
-        known = {*header.contributions, *(name for entry in before for name in entry.admitted)}
-        return [name for name in self._options.participants if name not in known]
 
     def _open(self, number: int, name: str) -> str:
         """Open the release of a round, and step if the model is kept here; returns V."""

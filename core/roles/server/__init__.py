@@ -3,7 +3,7 @@
 from dtl.core.roles.server.accepting import Round
 from dtl.core.roles.server.aggregating import AggregateReport, aggregate
 from dtl.core.roles.server.closing import close_round
-from dtl.core.roles.server.releasing import Policy, ReleaseReport, release
+from dtl.core.roles.server.releasing import Policy, ReleaseReport, newcomers, release
 
 __all__ = [
     "AggregateReport",
@@ -12,5 +12,6 @@ __all__ = [
     "Round",
     "aggregate",
     "close_round",
+    "newcomers",
     "release",
 ]

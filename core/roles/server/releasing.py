@@ -12,9 +12,9 @@ from dtl.core.crypto.group import PublicKey
 from dtl.core.errors import FormatError, NotAllowedError, UsageError
 from dtl.core.files import sealed
 from dtl.core.files.atomic import AtomicOutput, check_output
-from dtl.core.files.container import SEALED, ContainerWriter, Rows
+from dtl.core.files.container import SEALED, Container, ContainerWriter, Rows
 from dtl.core.files.documents import SERVER, Job, Key
-from dtl.core.files.headers import Grant, ReleaseHeader, ResultHeader, now
+from dtl.core.files.headers import Grant, ReleaseHeader, ResultHeader, now, read_header
 from dtl.core.files.ledger import AggregateEntry, Ledger, ReleaseEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import DEFAULT_WORK, Work
@@ -116,6 +116,20 @@ def release(
             )
             file.commit()
     return ReleaseReport(header, release_digest.hex())
+
+
+def newcomers(key: Key, result: Path) -> list[str]:
+    """Who has not contributed to a result, and was never admitted: to be let in once."""
+    key.require(SERVER)
+    with Container(result) as container:
+        header = read_header(container, ("model", "sum"), key.job.digest)
+        digest = container.digest().hex()
+    if not isinstance(header, ResultHeader):
+        raise FormatError(f"{result}: expected a sum or a model")
+    with Ledger(key) as ledger:
+        before = [entry for entry in ledger.find(ReleaseEntry) if entry.result != digest]
+    known = {*header.contributions, *(name for entry in before for name in entry.admitted)}
+    return [name for name in key.job.names if name not in known]
 
 
 def _grants(

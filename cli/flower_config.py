@@ -1,0 +1,87 @@
+"""`dtl flower-config`: writes what a run with Flower needs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dtl.cli.options import JobOption, JsonOption, KeyOption, Output, PassphraseOption, QuietOption
+from dtl.core import defaults
+
+EXAMPLE = """Example:
+
+  dtl flower-config run --key job/server.key --initial w0.safetensors --rounds 10
+
+  dtl flower run run   # once SuperLink and SuperNodes are there: see dtl flower --help"""
+
+
+def flower_config(
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A new folder.", show_default=False)
+    ],
+    key: KeyOption,
+    initial: Annotated[Path, typer.Option(help="Public initial weights.", show_default=False)],
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds in all.", show_default=False)],
+    files: Annotated[
+        Path | None,
+        typer.Option(
+            help="The server's folder for uploads, models and releases; by default DIR/rounds.",
+            show_default=False,
+        ),
+    ] = None,
+    superlink: Annotated[
+        str, typer.Option(metavar="HOST:PORT", help="Where the SuperLink is.")
+    ] = defaults.SUPERLINK,
+    root_certificates: Annotated[
+        Path | None,
+        typer.Option(metavar="PEM", help="Who vouches for the SuperLink: TLS.", show_default=False),
+    ] = None,
+    registered_only: Annotated[
+        bool,
+        typer.Option(
+            "--registered-only",
+            help="Only nodes registered under a participant's name: with --enable-supernode-auth.",
+        ),
+    ] = False,
+    round_timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for the answers of a step.")
+    ] = defaults.ROUND_SECONDS,
+    start_timeout: Annotated[
+        float, typer.Option(help="Seconds to wait for the nodes at the start.")
+    ] = defaults.START_SECONDS,
+    local_epochs: Annotated[int, typer.Option(help="As in compute-grads.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="As in compute-grads.", show_default=False)
+    ] = None,
+    local_lr: Annotated[
+        float | None, typer.Option(help="As in compute-grads.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="As in compute-grads.")] = defaults.SEED,
+    job: JobOption = None,
+    passphrase_file: PassphraseOption = None,
+    json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the Flower app of a job, for the server: its files, its rounds, how to train."""
+    from dtl.cli import options
+    from dtl.core.flower import config
+
+    opened = options.open_key(key, job, passphrase_file)
+    opened.require("server")
+    settings: dict[str, config.Value | None] = {
+        "key": str(key.absolute()),
+        "job": str(options.job_path(job, key).absolute()),
+        "passphrase-file": str(passphrase_file.absolute()) if passphrase_file else None,
+        "folder": str((files or folder / "rounds").absolute()),
+        "initial": str(initial.absolute()),
+        "rounds": rounds,
+        "registered-only": registered_only,
+        "round-timeout": round_timeout,
+        "start-timeout": start_timeout,
+        "local-epochs": local_epochs,
+        "batch-size": batch_size,
+        "local-lr": local_lr,
+        "seed": seed,
+    }
+    config.write_config(folder, settings, config.Connection(superlink, root_certificates))
+    Output(json, quiet).show(folder=str(folder), rounds=rounds, run=f"dtl flower run {folder}")

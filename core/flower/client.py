@@ -1,0 +1,64 @@
+"""The participant's Flower app: takes each message to the node, and the answer back."""
+
+import logging
+from collections.abc import Callable
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from dtl.core.errors import DtlError
+from dtl.core.flower import payload
+from dtl.core.flower.node import Node
+
+logger = logging.getLogger("flwr.dtl")
+app = ClientApp()
+
+
+def _answer(message: Message, context: Context, step: Callable[[Node, int], bytes]) -> Message:
+    """Do a step and reply; a failure is told by its kind only, and in full in the own log."""
+    try:
+        node = Node.load(context.node_config, context.run_config)
+        number = int(payload.word(message.content, "round"))
+        content = payload.pack(step(node, number), name=node.key.name)
+    except Exception as error:
+        told = error.message if isinstance(error, DtlError) else type(error).__name__
+        logger.error("dtl: %s", told)
+        content = payload.pack_error(error)
+    return Message(content, reply_to=message)
+
+
+def hello(message: Message, context: Context) -> Message:
+    """Say which participant the node speaks for."""
+    return _answer(message, context, lambda node, _: node.key.name.encode())
+
+
+def contribute(message: Message, context: Context) -> Message:
+    """Open the base, train, encrypt; reply with the upload."""
+    return _answer(
+        message,
+        context,
+        lambda node, number: node.contribute(number, payload.file_of(message.content)),
+    )
+
+
+def reveal(message: Message, context: Context) -> Message:
+    """Reply with the reveal that answers a close file."""
+    return _answer(
+        message, context, lambda node, number: node.reveal(number, payload.file_of(message.content))
+    )
+
+
+def release(message: Message, context: Context) -> Message:
+    """Open the last release into the node's folder."""
+
+    def step(node: Node, _: int) -> bytes:
+        node.receive(payload.file_of(message.content))
+        return b""
+
+    return _answer(message, context, step)
+
+
+app.query("hello")(hello)
+app.train("contribute")(contribute)
+app.query("reveal")(reveal)
+app.evaluate("release")(release)

@@ -1,0 +1,204 @@
+"""The server's side of many rounds: ask for uploads, add up, release; go on without the missing.
+
+It knows no engine: a `Courier` brings files to participants and theirs back. All files stay in
+one folder, a subfolder a round, under the names that a run by hand would give them; what is
+there is not made again, so an interrupted run is taken up where it stopped.
+"""
+
+import logging
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+from dtl.core.errors import DtlError, FormatError, QuorumError
+from dtl.core.files.atomic import machine_errors, write_file
+from dtl.core.files.closing import Close, Reveal
+from dtl.core.files.container import Container
+from dtl.core.files.documents import Key
+from dtl.core.files.headers import ReleaseHeader, UploadHeader, read_header
+from dtl.core.parallel import DEFAULT_WORK, Work
+from dtl.core.public import results, uploads
+from dtl.core.roles import server
+
+CONTRIBUTE, REVEAL, RELEASE = "contribute", "reveal", "release"
+MODEL_RESULT, MODEL_RELEASE, CLOSE, VOID = "model.enc", "model.release", "round.close", "void"
+
+logger = logging.getLogger("flwr.dtl")
+
+
+class Courier(Protocol):
+    """Brings requests with a file to participants, and their answers back."""
+
+    def present(self) -> Collection[str]:
+        """Who is there."""
+        ...
+
+    def ask(
+        self, step: str, names: Collection[str], number: int, file: Path
+    ) -> Iterator[tuple[str, bytes]]:
+        """Send a file to those of the named who are there; yield (name, answer) as they come.
+
+        Whoever fails, or does not answer in time, is left out. `number` is the round.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the server is to do: so many rounds, from these initial weights, in this folder."""
+
+    folder: Path
+    initial: Path
+    rounds: int
+
+
+class Conductor:
+    """Leads the rounds of a job with the server's key."""
+
+    def __init__(self, key: Key, plan: Plan, courier: Courier, work: Work = DEFAULT_WORK) -> None:
+        self._key, self._plan, self._courier, self._work = key, plan, courier, work
+        self._base = plan.initial  # what the next round starts from: weights, later a release
+        self._granted: Collection[str] = key.job.names
+
+    def run(self) -> Path:
+        """Do the rounds that are not done yet; returns the last release.
+
+        Raises QuorumError when the last round is void: too few contributed.
+        """
+        done = True
+        for number in range(1, self._plan.rounds + 1):
+            done = self._round(number)
+        if not done:
+            raise QuorumError(f"round {self._plan.rounds} is void: too few contributed")
+        for name, _ in self._courier.ask(RELEASE, self._granted, self._plan.rounds, self._base):
+            logger.info("%s has opened the last release", name)
+        return self._base
+
+    def _round(self, number: int) -> bool:
+        """Do a round, or what is left of it; False when it is void."""
+        folder = self._plan.folder / f"{number:03}"
+        with machine_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        release, void = folder / MODEL_RELEASE, folder / VOID
+        if void.exists():
+            return False
+        if not release.exists():
+            try:
+                self._make_release(number, folder)
+            except QuorumError as error:
+                logger.warning("round %d is void: %s", number, error.message)
+                write_file(void, error.message.encode())
+                return False
+        self._base, self._granted = release, _header(release).names
+        manifest = _header(release).manifest
+        present, missing = ", ".join(manifest.names), ", ".join(manifest.missing) or "nobody"
+        logger.info("round %d: released; in it: %s; missing: %s", number, present, missing)
+        return True
+
+    def _make_release(self, number: int, folder: Path) -> None:
+        result = folder / MODEL_RESULT
+        if not result.exists():
+            self._aggregate(number, folder, result)
+        # An admission is given once: only to who is there to make use of it.
+        here = self._courier.present()
+        admit = [name for name in server.newcomers(self._key, result) if name in here]
+        policy = server.Policy(admit=admit)
+        server.release(self._key, result, folder / MODEL_RELEASE, policy, work=self._work)
+
+    def _aggregate(self, number: int, folder: Path, result: Path) -> None:
+        """Collect uploads and add them up, without those who are missing where need be."""
+        paths = self._collect(CONTRIBUTE, "upload", number, folder, self._granted, self._base)
+        key, job, close = self._key, self._key.job, folder / CLOSE
+        first = self._base == self._plan.initial
+        given = server.Round(
+            model=None if first else self._base.with_name(MODEL_RESULT),
+            initial=self._base if first else None,
+            skip_invalid=True,
+        )
+        if not close.exists():
+            if not job.masks or len(paths) == len(job.participants):
+                try:
+                    server.aggregate(key, list(paths.values()), result, given, work=self._work)
+                    return
+                except QuorumError as error:
+                    if not job.masks:
+                        raise
+                    logger.warning("%s", error.message)  # one of them is no good
+            paths = self._valid(paths)
+            if not results.can_close(job, len(paths)):
+                raise QuorumError(f"too few to go on without the others: {', '.join(paths)}")
+            server.close_round(key, list(paths.values()), close, work=self._work)
+        paths = {name: paths[name] for name in Close.load(close, job).names}
+        reveals = self._collect(REVEAL, "reveal", number, folder, paths, close)
+        closed = replace(given, skip_invalid=False, close=close, reveals=list(reveals.values()))
+        server.aggregate(key, list(paths.values()), result, closed, work=self._work)
+
+    def _valid(self, paths: Mapping[str, Path]) -> dict[str, Path]:
+        """The uploads that pass every check of their own."""
+        valid = {}
+        for name, path in paths.items():
+            try:
+                with ExitStack() as stack:
+                    job = self._key.job
+                    opened = uploads.open_upload(job, path, stack, self._work)
+                    uploads.check_proof(job, opened, self._work)
+            except DtlError as error:
+                if error.exit_code < FormatError.exit_code:
+                    raise
+                logger.warning("%s", error.message)
+            else:
+                valid[name] = path
+        return valid
+
+    def _collect(
+        self,
+        step: str,
+        ending: str,
+        number: int,
+        folder: Path,
+        names: Collection[str],
+        file: Path,
+    ) -> dict[str, Path]:
+        """Everybody's file of a step, by participant; asked for are those that are not there."""
+        paths = {name: folder / f"{name}.{ending}" for name in sorted(names)}
+        wanted = [name for name, path in paths.items() if not path.exists()]
+        answers = self._courier.ask(step, wanted, number, file) if wanted else iter(())
+        for name, data in answers:
+            received = folder / f".{name}.{ending}.received"
+            write_file(received, data, force=True)
+            try:
+                self._check_sender(step, name, number, received)
+            except DtlError as error:
+                logger.warning("refused what the node of %s delivered: %s", name, error.message)
+                received.unlink()
+            else:
+                received.rename(paths[name])
+        return {name: path for name, path in paths.items() if path.exists()}
+
+    def _check_sender(self, step: str, name: str, number: int, path: Path) -> None:
+        """Raise FormatError unless a file is this participant's, of this round.
+
+        A node speaks for one participant, and delivers nobody else's files.
+        """
+        job = self._key.job
+        found: Reveal | UploadHeader
+        if step == REVEAL:
+            found = Reveal.load(path, job)
+        else:
+            with ExitStack() as stack:
+                found = uploads.open_upload(job, path, stack, self._work).header
+        if (found.signer, found.round) != (name, number):
+            raise FormatError(
+                f"expected {name}'s of round {number}, "
+                f"found {found.signer}'s of round {found.round}"
+            )
+
+
+def _header(release: Path) -> ReleaseHeader:
+    with Container(release) as container:
+        header = read_header(container, ("release",), None)
+    if not isinstance(header, ReleaseHeader):
+        raise FormatError(f"{release}: expected a release")
+    return header

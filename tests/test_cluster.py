@@ -1,0 +1,176 @@
+"""Heavy work on a Dask cluster: real processes on loopback, and the same bytes."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtl.core.cluster import Cluster, connect
+from dtl.core.errors import DtlError, UsageError
+from dtl.core.files.container import RESIDUES, Container
+from dtl.core.parallel import Work
+from dtl.core.roles import server
+from tests.helpers import Arrays, Cli, Round, random_arrays
+
+NewRound = Callable[..., Round]
+LOOPBACK = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
+SECONDS = 60
+
+
+def start(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "dask", *arguments, *LOOPBACK]
+    log = (folder / f"{arguments[0]}.log").open("ab")
+    return subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, cwd="/")
+
+
+@contextmanager
+def cluster_of(folder: Path, **settings: str) -> Iterator[tuple[str, list[int]]]:
+    """A scheduler and two workers; yields its address and the workers' process ids."""
+    pytest.importorskip("distributed")
+    import json
+    import time
+
+    place = folder / "scheduler.json"
+    named = ("--scheduler-file", str(place))
+    processes = [start(folder, "scheduler", "--port", "0", *named)]
+    try:
+        worker = ("worker", *named, "--nthreads", "1", "--no-nanny", "--local-directory")
+        processes += [start(folder, *worker, str(folder), **settings) for _ in range(2)]
+        deadline = time.monotonic() + SECONDS
+        while not place.exists():
+            assert time.monotonic() < deadline, (folder / "scheduler.log").read_text()
+            time.sleep(0.05)
+        address = json.loads(place.read_text())["address"]
+        with connect(address, secrets=False) as cluster:
+            cluster.client.wait_for_workers(2, timeout=SECONDS)
+        yield address, [process.pid for process in processes[1:]]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def many_values(seed: int, values: int = 20_000) -> Arrays:
+    return {"w": np.random.default_rng(seed).normal(0, 0.05, values).astype(np.float32)}
+
+
+class Counting:
+    """A cluster that counts the tasks which it gets."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster, self.tasks = cluster, 0
+        self.threads, self.secrets = cluster.threads, cluster.secrets
+
+    def submit(self, function: Callable[..., object], task: tuple[object, ...]) -> object:
+        self.tasks += 1
+        return self._cluster.submit(function, task)
+
+
+def test_a_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(
+    new_round: NewRound, tmp_path: Path
+) -> None:
+    round_ = new_round(masks=True)
+    uploads = round_.uploads({name: many_values(i) for i, name in enumerate(round_.names)})
+    local = round_.aggregate(uploads, out="local.enc")
+    key, again = round_.opened_key("server"), tmp_path / "cluster.enc"
+    with cluster_of(tmp_path) as (address, workers), connect(address, False) as cluster:
+        killed: list[str] = []
+
+        def kill_one(step: str, done: int, total: int | None) -> None:
+            # When the first results are there, others are begun or done on both workers.
+            if step == "multiply" and 0 < done < (total or 0) and not killed:
+                os.kill(workers[0], signal.SIGKILL)
+                killed.append(step)
+
+        counting = Counting(cluster)
+        work = Work(progress=kill_one, cluster=counting)  # type: ignore[arg-type]
+        server.aggregate(key, uploads, again, server.Round(), work=work)
+        assert killed
+        assert cluster.threads == 1  # the other worker did it
+        groups = round_.job.groups(20_000)
+        assert counting.tasks >= -(-groups // 128)
+    assert again.read_bytes() == local.read_bytes()
+
+
+def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
+    new_round: NewRound, tmp_path: Path
+) -> None:
+    round_ = new_round(masks=True)
+    given = {name: many_values(i) for i, name in enumerate(round_.names)}
+    job = ("--job", round_.keys / "job.json")
+    with cluster_of(tmp_path, DASK_DISTRIBUTED__WORKER__MEMORY__SPILL="False") as (address, _):
+        dask = ("--backend", "dask", "--cluster", address)
+        uploads = round_.uploads(given, *dask, "--secrets-to-workers")
+        result = round_.aggregate(uploads, *dask)
+        found = round_.dtl("verify", result, *job, "--uploads", *uploads, *dask, "--json").json
+        assert found["product"].startswith("recomputed")
+        release = round_.folder / "result.release"
+        kept = round_.dtl(
+            "release-model", result, "--key", round_.key("server"), "-o", release, *dask
+        )
+        assert "apply the server's half: stays on this machine" in kept.err
+        sent = round_.dtl(
+            *("open-model", release, "--key", round_.key("alice"), *dask, "--secrets-to-workers"),
+            *("-o", tmp_path / "opened.safetensors"),
+        )
+        assert "stays on this machine" not in sent.err
+        # What is wrong on a worker is reported as if it had been found here.
+        broken = tmp_path / "broken.upload"
+        data = bytearray(uploads[0].read_bytes())
+        data[-1] ^= 1
+        broken.write_bytes(data)
+        round_.dtl("verify", broken, *job, *dask, code=4)
+    with Container(uploads[0]) as container:
+        assert container.tensors[RESIDUES].shape[0] > 1
+
+
+def test_secrets_go_to_no_worker_that_may_write_them_to_disk(tmp_path: Path) -> None:
+    with (
+        cluster_of(tmp_path) as (address, _),
+        pytest.raises(UsageError, match="never write memory"),
+        connect(address, secrets=True),
+    ):
+        pass
+
+
+def test_options_of_a_cluster(dtl: Cli, tmp_path: Path) -> None:
+    dtl("verify", tmp_path / "x", "--backend", "dask", "--job", tmp_path, code=2)
+    with pytest.raises(UsageError, match="tls://"), connect("tcp://10.0.0.1:8786", secrets=True):
+        pass
+
+
+def test_nobody_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("dtl.core.cluster.CONNECT_SECONDS", 0.2)
+    with (
+        pytest.raises(DtlError, match="no Dask scheduler answers"),
+        connect("tcp://127.0.0.1:1", False),
+    ):
+        pass
+
+
+def test_rows_are_the_same_where_the_device_has_another_number(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round()
+    path = round_.upload("alice", random_arrays(1))
+    with Container(path) as container:
+        rows = container.rows(RESIDUES)
+    stat = os.fstat
+
+    def elsewhere(descriptor: int) -> os.stat_result:
+        found = list(stat(descriptor))
+        found[2] += 1  # st_dev
+        times = {name: getattr(stat(descriptor), name) for name in ("st_mtime_ns", "st_ctime_ns")}
+        return os.stat_result(found, times)
+
+    before = rows.read(0, 1)
+    monkeypatch.setattr(os, "fstat", elsewhere)
+    monkeypatch.chdir("/")
+    assert rows.read(0, 1) == before

@@ -1,0 +1,401 @@
+"""Rounds between machines: the same files and the same model as by hand, whoever is missing."""
+
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from dtl.core.errors import DtlError, QuorumError, UsageError
+from dtl.core.flower.node import Node
+from dtl.core.flower.rounds import CONTRIBUTE, RELEASE, REVEAL, Conductor, Plan
+from tests.helpers import Cli, Result, Round
+from tests.network import Network
+
+NewRound = Callable[..., Round]
+FOUR = ("a", "b", "c", "d")
+RUN = {"local-epochs": 1, "seed": 0}
+USERS_OWN = """
+import numpy as np
+
+def local_update(arrays, context):
+    assert context.participant in "abcd" and context.data.exists() and context.round >= 1
+    step = np.float64(context.settings["step"])
+    return {name: array - step for name, array in arrays.items()}
+"""
+
+
+@dataclass
+class Hand:
+    """A courier on foot: every node in this process. `absent` says who is away in a round."""
+
+    nodes: dict[str, Node]
+    absent: dict[int, str] = field(default_factory=dict)
+    spoil: Callable[[str, str, int, bytes], bytes] = lambda step, name, number, data: data
+    steps: list[tuple[str, int, tuple[str, ...]]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    now: int = 1
+
+    def present(self) -> Collection[str]:
+        return set(self.nodes) - set(self.absent.get(self.now, ""))
+
+    def ask(
+        self, step: str, names: Collection[str], number: int, file: Path
+    ) -> Iterator[tuple[str, bytes]]:
+        self.now = number
+        self.steps.append((step, number, tuple(names)))
+        for name in sorted(set(names) & set(self.present())):
+            node, data = self.nodes[name], file.read_bytes()
+            try:
+                match step:
+                    case "contribute":
+                        answer = node.contribute(number, data)
+                    case "reveal":
+                        answer = node.reveal(number, data)
+                    case _:
+                        node.receive(data)
+                        answer = b""
+            except DtlError as error:
+                self.failures.append(f"{name}: {type(error).__name__}: {error.message}")
+            else:
+                yield name, self.spoil(step, name, number, answer)
+
+
+@dataclass
+class Party:
+    """A job of four with digits, and what it takes to lead its rounds."""
+
+    round: Round
+    courier: Hand
+    folder: Path
+
+    def conduct(self, rounds: int, folder: str = "rounds") -> Path:
+        plan = Plan(self.folder / folder, self.folder / "w0.safetensors", rounds)
+        return Conductor(self.round.opened_key("server"), plan, self.courier).run()
+
+    def manifest(self, number: int) -> dict[str, Any]:
+        path = self.folder / "rounds" / f"{number:03}" / "model.enc"
+        return self.round.dtl("inspect", path, "--json").json
+
+    def load(self, name: str, **own: object) -> Node:
+        settings = {
+            "key": str(self.round.key(name)),
+            "data": str(self.folder / "shards" / f"{name}.npz"),
+            "folder": str(self.folder / f"{name}-files"),
+            "rounding-seed": "s",
+        }
+        return Node.load(settings | own, RUN)
+
+
+@pytest.fixture
+def party(new_round: NewRound, tmp_path: Path, dtl: Cli) -> Party:
+    round_ = new_round(FOUR, masks=True)
+    make_data(dtl, tmp_path)
+    found = Party(round_, Hand({}), tmp_path)
+    found.courier.nodes = {name: found.load(name) for name in FOUR}
+    return found
+
+
+def make_data(dtl: Cli, folder: Path) -> None:
+    shards = folder / "shards"
+    dtl("split-data", "digits", "--participants", ",".join(FOUR), "--out", shards)
+    first = ("--data", shards / "a.npz", "--hidden", 4)
+    dtl("init-model", *first, "-o", folder / "w0.safetensors")
+
+
+def by_hand(
+    round_: Round, folder: Path, rounds: int, absent: dict[int, str]
+) -> dict[str, np.ndarray[Any, Any]]:
+    """The same run with commands; returns the last model."""
+    dtl, server = round_.dtl, ("--key", round_.key("server"))
+    base: tuple[object, ...] = ("--initial", folder / "w0.safetensors")
+    model, release = folder / "w0.safetensors", folder / "none"
+    for number in range(1, rounds + 1):
+        names = [name for name in FOUR if name not in absent.get(number, "")]
+        uploads = []
+        for name in names:
+            grads, upload = folder / f"{name}.grads.safetensors", folder / f"{name}-{number}.upload"
+            if number > 1:
+                model = round_.open(release, name, "--force", out=f"{name}.model.safetensors")
+            data = ("--data", folder / "shards" / f"{name}.npz", "--local-epochs", 1)
+            dtl("compute-grads", "--model", model, *data, "-o", grads, "--force")
+            own = ("--key", round_.key(name), "--rounding-seed", f"s-{name}-{number}")
+            dtl("encrypt-grads", grads, *own, "-o", upload)
+            uploads.append(upload)
+        closing: tuple[object, ...] = ()
+        if len(names) < len(FOUR):
+            close = folder / f"{number}.close"
+            dtl("close-round", *uploads, *server, "-o", close)
+            reveals = [folder / f"{name}-{number}.reveal" for name in names]
+            for name, reveal in zip(names, reveals, strict=True):
+                dtl("reveal-masks", close, "--key", round_.key(name), "-o", reveal)
+            closing = ("--close", close, "--reveals", *reveals)
+        result, release = folder / f"{number}.enc", folder / f"{number}.release"
+        dtl("aggregate", *uploads, *server, *base, *closing, "-o", result)
+        dtl("release-model", result, *server, "-o", release)
+        base = ("--model", result)
+    found: dict[str, np.ndarray[Any, Any]] = load_file(
+        round_.open(release, "a", out="last.safetensors")
+    )
+    return found
+
+
+def opened(party: Party, name: str) -> dict[str, np.ndarray[Any, Any]]:
+    found: dict[str, np.ndarray[Any, Any]] = load_file(
+        party.folder / f"{name}-files" / "model.safetensors"
+    )
+    return found
+
+
+def test_a_run_equals_the_run_by_hand_and_verifies(
+    party: Party, new_round: NewRound, tmp_path: Path
+) -> None:
+    absent = {2: "c"}
+    party.courier.absent = absent
+    party.conduct(3)
+    other = new_round(FOUR, folder="hand", masks=True)
+    make_data(other.dtl, other.folder)
+    expected = by_hand(other, other.folder, 3, absent)
+    for name in FOUR:
+        found = opened(party, name)
+        assert all((found[tensor] == expected[tensor]).all() for tensor in expected)
+    assert [party.manifest(n)["missing"] for n in (1, 2, 3)] == [[], ["c"], []]
+    assert party.manifest(3)["contributions"] == {"a": 3, "b": 3, "c": 2, "d": 3}
+    rounds = tmp_path / "rounds"
+    models = [rounds / f"{n:03}" / "model.enc" for n in (3, 2, 1)]
+    evidence = [
+        *("--model", models[1], "--model", models[2], "--initial", tmp_path / "w0.safetensors"),
+        *("--uploads", *rounds.glob("*/*.upload"), "--reveals", *rounds.glob("*/*.reveal")),
+    ]
+    job = ("--job", party.round.keys / "job.json")
+    verified = party.round.dtl("verify", models[0], *job, *evidence, "--json").json
+    assert verified["rounds_recomputed"] == 3
+
+
+def test_files_of_a_run_and_of_the_hand_mix(party: Party, tmp_path: Path) -> None:
+    """One participant works by hand: its upload is laid into the folder of the round."""
+    party.courier.nodes.pop("d")
+    folder = tmp_path / "rounds" / "001"
+    folder.mkdir(parents=True)
+    grads = tmp_path / "d.grads.safetensors"
+    model = ("--model", tmp_path / "w0.safetensors", "--data", tmp_path / "shards" / "d.npz")
+    party.round.dtl("compute-grads", *model, "-o", grads)
+    own = ("--key", party.round.key("d"))
+    party.round.dtl("encrypt-grads", grads, *own, "-o", folder / "d.upload")
+    release = party.conduct(1)
+    assert party.manifest(1)["contributors"] == list(FOUR)
+    by_hand_opened = party.round.opened(release, "d")
+    assert all((by_hand_opened[t] == array).all() for t, array in opened(party, "a").items())
+
+
+def test_who_was_never_there_is_admitted_when_it_comes(party: Party) -> None:
+    party.courier.absent = {1: "d", 2: "d"}
+    party.courier.nodes.pop("d")
+    party.conduct(2)  # not there: an admission would be lost
+    party.courier.nodes["d"] = party.load("d")
+    party.courier.absent = {}
+    party.courier.now = 3
+    party.conduct(4)
+    asked = {number: names for step, number, names in party.courier.steps if step == CONTRIBUTE}
+    assert asked[3] == ("a", "b", "c")
+    assert asked[4] == FOUR
+    assert party.manifest(4)["contributions"] == {"a": 4, "b": 4, "c": 4, "d": 1}
+
+
+def test_a_node_cannot_deliver_what_another_made(party: Party) -> None:
+    made: dict[str, bytes] = {}
+
+    def swap(step: str, name: str, number: int, data: bytes) -> bytes:
+        made[name] = data
+        return made["a"] if step == CONTRIBUTE and name == "d" else data
+
+    party.courier.spoil = swap
+    party.conduct(1)
+    assert party.manifest(1)["missing"] == ["d"]
+    assert not (party.folder / "rounds" / "001" / "d.upload").exists()
+
+
+def test_a_spoilt_upload_counts_as_missing(party: Party) -> None:
+    def spoil(step: str, name: str, number: int, data: bytes) -> bytes:
+        return data[:-1] + bytes([data[-1] ^ 1]) if name == "b" else data
+
+    party.courier.spoil = spoil
+    party.conduct(1)
+    assert party.manifest(1)["missing"] == ["b"]
+
+
+def test_a_void_round_is_begun_anew_where_the_participants_allow_it(party: Party) -> None:
+    party.courier.absent = {1: "cd"}
+    with pytest.raises(QuorumError, match="round 1 is void"):
+        party.conduct(1)
+    party.courier.absent = {}
+    with pytest.raises(QuorumError, match="round 2 is void"):
+        party.conduct(2)
+    assert [line[:2] for line in party.courier.failures] == ["a:", "b:"]
+    assert all("NotAllowedError" in line for line in party.courier.failures)
+    allowed = {"accept-differencing": True}
+    party.courier.nodes = {name: party.load(name, **allowed) for name in FOUR}
+    party.conduct(3)
+    assert party.manifest(3)["contributors"] == list(FOUR)
+
+
+def test_an_interrupted_run_is_taken_up_where_it_stopped(party: Party) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: str, name: str, number: int, data: bytes) -> bytes:
+        if (name, number) == ("c", 2):
+            raise Stop
+        return data
+
+    party.courier.spoil = stop
+    with pytest.raises(Stop):
+        party.conduct(2)
+    party.courier.spoil = lambda step, name, number, data: data
+    party.courier.steps.clear()
+    party.conduct(2)
+    # Round 1 is done, the uploads of a and b are there; c sends again the one that it made.
+    assert party.courier.steps == [(CONTRIBUTE, 2, ("c", "d")), (RELEASE, 2, FOUR)]
+    assert not party.courier.failures
+    assert party.manifest(2)["contributors"] == list(FOUR)
+
+
+def test_reveals_that_do_not_come_make_a_round_void(party: Party) -> None:
+    party.courier.absent = {1: "d"}
+
+    def lose(step: str, name: str, number: int, data: bytes) -> bytes:
+        return b"" if (step, name) == (REVEAL, "b") else data
+
+    party.courier.spoil = lose
+    with pytest.raises(QuorumError, match="round 1 is void"):
+        party.conduct(1)
+    reason = (party.folder / "rounds" / "001" / "void").read_text()
+    assert "no reveal of b" in reason
+
+
+def test_a_users_own_model_trains_through_one_function(party: Party, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(USERS_OWN)
+    own = {"local-update": f"{tmp_path / 'mine.py'}:local_update", "step": 0.25}
+    party.courier.nodes = {name: party.load(name, **own) for name in FOUR}
+    party.conduct(1)
+    before = load_file(tmp_path / "w0.safetensors")
+    for name, array in opened(party, "c").items():
+        # Four quarters of a quarter; stochastic rounding leaves whole numbers alone.
+        assert np.abs(array - (before[name] - 0.25)).max() < 2**-19
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("def other(): ...", "no function local_update"),
+        ("def local_update(arrays, context): return {}", "names and shapes"),
+    ],
+)
+def test_a_function_that_does_not_fit(party: Party, tmp_path: Path, text: str, reason: str) -> None:
+    (tmp_path / "mine.py").write_text(text)
+    node = party.load("a", **{"local-update": f"{tmp_path / 'mine.py'}:local_update"})
+    with pytest.raises(UsageError, match=reason):
+        node.contribute(1, (tmp_path / "w0.safetensors").read_bytes())
+    with pytest.raises(UsageError, match=r"expected FILE\.py:FUNCTION"):
+        party.load("a", **{"local-update": "nowhere"}).contribute(
+            1, (tmp_path / "w0.safetensors").read_bytes()
+        )
+
+
+def test_a_node_that_is_not_configured(party: Party) -> None:
+    with pytest.raises(UsageError, match="does not name data, folder"):
+        Node.load({"key": "x"}, {})
+
+
+# --- what Flower needs -----------------------------------------------------------------------
+
+
+def config(round_: Round, *options: object, code: int = 0) -> Result:
+    folder = round_.folder
+    given = ("--key", round_.key("server"), "--initial", folder / "w0.safetensors")
+    return round_.dtl("flower-config", folder / "run", *given, "--rounds", 2, *options, code=code)
+
+
+def test_the_configuration_of_a_run(new_round: NewRound) -> None:
+    round_ = new_round(FOUR, masks=True)
+    config(round_, "--local-lr", 0.5, "--registered-only", "--superlink", "localhost:1")
+    app = tomllib.loads((round_.folder / "run" / "app" / "pyproject.toml").read_text())
+    settings = app["tool"]["flwr"]["app"]["config"]
+    assert settings["key"] == str(round_.key("server"))
+    assert (settings["rounds"], settings["local-lr"]) == (2, 0.5)
+    assert settings["registered-only"] is True
+    link = tomllib.loads((round_.folder / "run" / "config.toml").read_text())["superlink"]
+    assert link[link["default"]] == {"address": "localhost:1", "insecure": True}
+    config(round_, code=2)  # exists
+
+
+def test_a_name_that_toml_would_read_otherwise_is_refused(new_round: NewRound) -> None:
+    round_ = new_round(FOUR)
+    config(round_, "--superlink", 'x"\nkey = "y', code=2)
+
+
+def test_without_the_extra_the_hint_says_what_to_install(
+    dtl: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app" / "pyproject.toml").touch()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    for part in ("superlink", "supernode", "run"):
+        assert "dtl-toolkit[flower]" in dtl("flower", part, tmp_path, code=2).err
+
+
+def test_the_base_install_imports_no_engine() -> None:
+    code = (
+        "import sys, dtl.cli.app, dtl.core.roles.server, dtl.core.roles.participant,"
+        "dtl.core.flower.rounds, dtl.core.flower.node, dtl.core.flower.config;"
+        "print([m for m in ('flwr', 'dask', 'distributed', 'ray', 'torch') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_a_failure_is_told_without_its_text() -> None:
+    pytest.importorskip("flwr")
+    from dtl.core.flower import payload
+
+    content = payload.pack_error(ValueError("patient 17 weighs 81.5"))
+    assert "17" not in str(content)
+    with pytest.raises(DtlError, match=r"^ValueError \(exit code 1\)$"):
+        payload.file_of(content)
+    assert payload.file_of(payload.pack(b"some bytes", round=3)) == b"some bytes"
+
+
+def test_real_processes(new_round: NewRound, dtl: Cli, tmp_path: Path) -> None:
+    """One round of three nodes and one that fails; then a run that fails as a whole."""
+    pytest.importorskip("flwr")
+    round_ = new_round(FOUR, masks=True)
+    make_data(dtl, tmp_path)
+    network = Network(tmp_path)
+    try:
+        for name in "abc":
+            network.node(name)
+        network.node("d", data="shards/patient-17.npz")
+        place = ("--superlink", network.address, "--files", tmp_path / "rounds")
+        config(round_, *place, "--rounds", 1, "--round-timeout", 60)
+        assert network.run("run").wait(240) == 0, network.log()
+        assert "d: contribute: UsageError (exit code 2)" in network.log()
+        assert "patient-17" not in network.log()
+        assert "patient-17.npz: no such file" in network.log("d")
+        # A run that fails makes the command fail, though Flower itself ends with code 0.
+        (tmp_path / "run").rename(tmp_path / "first")
+        config(round_, *place, "--files", tmp_path / "again")
+        (tmp_path / "w0.safetensors").rename(tmp_path / "lost.safetensors")
+        assert network.run("run").wait(120) == 1, network.log()
+        assert "dtl: error: the run failed: finished:failed" in network.log()
+    finally:
+        network.close()
+    found = dtl("inspect", tmp_path / "rounds" / "001" / "model.enc", "--json").json
+    assert found["missing"] == ["d"]
+    models = [load_file(tmp_path / f"{name}-files" / "model.safetensors") for name in "abc"]
+    assert all((model[t] == models[0][t]).all() for model in models for t in models[0])
