@@ -14,7 +14,7 @@ demo: $(VENV)/.base
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/demo.sh .demo
 
 test: $(VENV)/.test .links
-	$(BIN)/python -m pytest -q -n auto --dist worksteal
+	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TESTS)
 
 check: $(VENV)/.dev .links
 	$(BIN)/ruff format --check .
