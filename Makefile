@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
 
-.PHONY: demo test check bench bits clean
+.PHONY: demo test check bench bits faults fuzz clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -29,6 +29,16 @@ bench: $(VENV)/.base
 
 bits: $(VENV)/.test
 	$(BIN)/python tests/bits.py
+
+# Every command that writes, broken at every one of its system calls (tests/robustness).
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.robustness.faults
+
+# Mutated files through every command; case N again: make fuzz SEED=1 CASE=N.
+SECONDS ?= 60
+SEED ?= 1
+fuzz: $(VENV)/.test
+	SECONDS=$(SECONDS) SEED=$(SEED) CASE=$(CASE) $(BIN)/python -m tests.robustness.fuzzing
 
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
