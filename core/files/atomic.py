@@ -162,15 +162,23 @@ class AtomicFolder:
         self.temporary = _temporary_name(self.path)
         with machine_errors(path):
             self.temporary.mkdir(mode=0o700)
-            self._lock = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            try:
+                self._lock = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            except BaseException:
+                self.temporary.rmdir()
+                raise
 
     def commit(self) -> None:
         """Give the finished folder its name."""
         with machine_errors(self.path):
             fsync_folder(self.temporary)
             self.temporary.rename(self.path)
-            fsync_folder(self.path.parent)
+            try:
+                fsync_folder(self.path.parent)
+            except BaseException:
+                self.path.rename(self.temporary)
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -228,6 +236,15 @@ def _remove_leftovers(path: Path) -> None:
                 os.close(descriptor)
 
 
+def remove_second_names(path: Path) -> None:
+    """Remove the temporary names of a finished output whose command was killed in `place`."""
+    _remove_leftovers(path)
+    for pending in pending_files(path):
+        if path.exists() and pending.samefile(path):
+            fsync_folder(path.parent)
+            pending.unlink()
+
+
 def pending_path(path: Path, digest: bytes) -> Path:
     """The name of a finished output that has not got its own name yet."""
     return path.with_name(f".{path.name}.{digest.hex()[:32]}.pending")
@@ -249,7 +266,10 @@ def finish(path: Path, digest: bytes, force: bool) -> bool:
 
 
 def place(finished: Path, path: Path, force: bool) -> None:
-    """Rename a finished file to its name; without `force` never over an existing one."""
+    """Rename a finished file to its name; without `force` never over an existing one.
+
+    Where the name cannot be made durable, it is taken back.
+    """
     if force:
         finished.replace(path)
     else:
@@ -262,7 +282,14 @@ def place(finished: Path, path: Path, force: bool) -> None:
                 raise _exists(path) from None
             finished.rename(path)
         else:
-            finished.unlink()
+            try:
+                fsync_folder(path.parent)
+            except BaseException:  # `finished` is still there: nothing is lost
+                path.unlink()
+                raise
+            with suppress(OSError):  # the next command with this output removes it
+                finished.unlink()
+            return
     fsync_folder(path.parent)
 
 
@@ -279,6 +306,7 @@ def check_output(path: Path, force: bool) -> None:
         raise UsageError(f"{path}: key files and ledgers are never overwritten")
     if force and stat.S_ISREG(found.st_mode):
         return
+    remove_second_names(path)
     raise _exists(path)
 
 
