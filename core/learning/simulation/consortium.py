@@ -10,12 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from dtl.core.errors import QuorumError, VerificationError
-from dtl.core.files.atomic import machine_errors, write_file
+from dtl.core.errors import FormatError, QuorumError, VerificationError
+from dtl.core.files.atomic import machine_errors, read_file, remove_second_names, write_file
 from dtl.core.files.container import Container
-from dtl.core.files.documents import SERVER, Job, Key
+from dtl.core.files.documents import MAX_DOCUMENT_BYTES, SERVER, Job, Key
 from dtl.core.files.headers import AnyHeader, ReleaseHeader, ResultHeader, read_header
 from dtl.core.files.ledger import Ledger, ReleaseEntry
 from dtl.core.files.shards import Shard, load_shard
@@ -55,6 +55,23 @@ class RoundRecord(BaseModel):
     result: str | None = None
     opened: str | None = None
     clamped: int | None = None
+
+
+def _read_record(path: Path, number: int, roster: Sequence[str]) -> RoundRecord:
+    """What became of a round; FormatError unless it is about this round and roster.
+
+    The names become names of files.
+    """
+    try:
+        record = RoundRecord.model_validate_json(read_file(path, MAX_DOCUMENT_BYTES))
+    except ValidationError:
+        raise FormatError(f"{path}: expected the record of a round") from None
+    groups = ("present", "waiting", "contributors", "missing", "granted", "admitted")
+    named = {name for group in groups for name in getattr(record, group)}
+    whole = record.contributors and record.kind and record.result and record.opened
+    if record.round != number or not named <= {*roster} or (record.released and not whole):
+        raise FormatError(f"{path}: not the record of round {number} of this run")
+    return record
 
 
 class Consortium:
@@ -140,7 +157,8 @@ class Consortium:
         folder = self._folder / ROUNDS / f"{number:03}"
         path = folder / "round.json"
         if path.exists():
-            record = RoundRecord.model_validate_json(path.read_bytes())
+            remove_second_names(path)
+            record = _read_record(path, number, self._options.participants)
         else:
             with machine_errors(folder):
                 folder.mkdir(parents=True, exist_ok=True)

@@ -111,6 +111,7 @@ def resume_run(folder: Path, wanted: Mapping[str, Any]) -> SimulationOptions:
                 "a run is resumed with the options that it was started with",
             )
     longer = options.model_copy(update={"rounds": wanted.get("rounds", options.rounds)})
+    longer.check()  # the names become names of files
     if longer != options:
         write_file(path, _encode(longer), force=True)
     return longer
