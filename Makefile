@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
 
-.PHONY: demo test check bench bits vectors long engines clean
+.PHONY: demo test check bench bits vectors long faults fuzz engines clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -41,6 +41,16 @@ vectors: $(VENV)/.test
 engines: $(VENV)/.test .links
 	$(BIN)/pip install -q --disable-pip-version-check -e '.[dask,flower]'
 	$(BIN)/python -m tests.engines
+
+# Every command that writes, broken at every one of its system calls (tests/robustness).
+faults: $(VENV)/.test
+	$(BIN)/python -m tests.robustness.faults
+
+# Mutated files through every command; case N again: make fuzz SEED=1 CASE=N.
+SECONDS ?= 60
+SEED ?= 1
+fuzz: $(VENV)/.test
+	SECONDS=$(SECONDS) SEED=$(SEED) CASE=$(CASE) $(BIN)/python -m tests.robustness.fuzzing
 
 clean:
 	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

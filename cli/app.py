@@ -2,6 +2,7 @@
 
 import os
 import platform
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -191,6 +192,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Entry point of the `dtl` command; an interrupted command cleans up and ends with 1."""
     terminal.make_streams_safe()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys and plaintext
     signal.signal(signal.SIGTERM, _terminate)
     try:
         code = run()

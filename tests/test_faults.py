@@ -400,3 +400,38 @@ def test_a_pending_upload_of_somebody_else_is_left_alone(
     assert len(hidden(round_.folder)) == 1
     round_.upload("alice", random_arrays(1), out="out.upload")
     assert not hidden(round_.folder)
+
+
+@pytest.mark.parametrize("ending", ["0123456789abcdef.partial", "0" * 32 + ".pending"])
+def test_the_second_name_of_a_finished_output_goes(new_round: NewRound, ending: str) -> None:
+    round_ = new_round()
+    upload = round_.upload("alice", random_arrays(1))
+    second = upload.with_name(f".{upload.name}.{ending}")
+    os.link(upload, second)  # as after a kill between giving the name and taking the other
+    round_.upload("alice", random_arrays(1), code=2)
+    assert not second.exists()
+    assert upload.exists()
+
+
+def test_a_name_that_cannot_be_made_durable_is_taken_back(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dtl.core.files import atomic
+
+    round_ = new_round()
+    calls = 0
+    original = atomic.fsync_folder
+
+    def broken(folder: Path) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:  # the first is that of the sealed upload
+            raise OSError(5, "Input/output error")
+        original(folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(atomic, "fsync_folder", broken)
+        upload = round_.upload("alice", random_arrays(1), code=1)
+    assert not upload.exists()
+    round_.upload("alice", random_arrays(1))
+    assert upload.exists()

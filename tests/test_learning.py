@@ -9,7 +9,7 @@ from dtl.core.errors import FormatError, UsageError
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensors import open_tensors, weights_metadata
 from dtl.core.learning import mlp, split
-from tests.helpers import Cli
+from tests.helpers import Cli, Result
 
 NAMES = ("alice", "bob", "carol")
 
@@ -166,3 +166,23 @@ def test_bad_csv(tmp_path: Path, text: str) -> None:
     path.write_text(text)
     with pytest.raises(FormatError):
         split.load_source(str(path))
+
+
+def test_shards_appear_together_and_an_interrupted_split_is_completed(
+    dtl: Cli, tmp_path: Path
+) -> None:
+    def again(code: int = 0) -> Result:
+        out = tmp_path / "shards"
+        return dtl("split-data", "digits", "--participants", "a,b", "--out", out, code=code)
+
+    again()
+    shards = {path: path.read_bytes() for path in (tmp_path / "shards").iterdir()}
+    assert len(shards) == 3
+    again(code=2)
+    first = min(shards)
+    first.unlink()
+    again()
+    assert {path: path.read_bytes() for path in (tmp_path / "shards").iterdir()} == shards
+    first.write_bytes(b"another one's")
+    again(code=2)
+    assert first.read_bytes() == b"another one's"

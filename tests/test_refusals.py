@@ -648,11 +648,12 @@ def test_bad_npz_members(full: Round, member: bytes) -> None:
 
 
 def test_flipped_bytes_in_npz_files_never_surprise(full: Round) -> None:
-    from dtl.core.files.shards import Shard, save_shard
+    from dtl.core.files.shards import Shard, encode_shard
 
     good, shard = full.folder / "good.npz", full.folder / "shard.npz"
     np.savez_compressed(good, a=np.ones(50, np.float32), b=np.ones((3, 4)))
-    save_shard(shard, Shard(np.ones((9, 2)), np.arange(9) % 2, np.array(["x", "y"])), False)
+    samples = Shard(np.ones((9, 2)), np.arange(9) % 2, np.array(["x", "y"]))
+    shard.write_bytes(encode_shard(samples))
     key = ("--key", full.key("alice"), "-o", full.folder / "out", "--force")
     generator = np.random.default_rng(1)
     for path in (good, shard):

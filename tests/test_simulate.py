@@ -1,6 +1,7 @@
 """`dtl simulate`: a whole training run, held against independent arithmetic and by hand."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
@@ -516,3 +517,49 @@ def test_names_for_a_number_of_participants() -> None:
     assert list(many) == sorted(set(many))
     with pytest.raises(UsageError):
         optimizers.make_optimizer("lion", 0.1)
+
+
+TINY = ("--participants", 3, "--rounds", 1, *SMALL)
+
+
+CHANGES = [
+    ("simulation.json", '"alice"', '"../x"', 2),
+    ("simulation.json", '"rounds": 1', '"rounds": "x"', 3),
+    ("rounds/001/round.json", '"alice"', '"../x"', 4),
+    ("rounds/001/round.json", '"round": 1', '"round": 2', 4),
+    ("rounds/001/round.json", "{", "[", 3),
+    ("journal.jsonl", '"bytes": ', '"bytes": "x', 3),
+    ("journal.jsonl", "{", "", 3),
+]
+
+
+def test_a_changed_run_is_not_resumed(dtl: Cli, tmp_path: Path, fixed_primes: None) -> None:
+    run = tmp_path / "run"
+    dtl("simulate", "breast_cancer", *TINY, "--out", run)
+    for file, old, new, code in CHANGES:
+        text = (run / file).read_text()
+        assert old in text
+        (run / file).write_text(text.replace(old, new))
+        dtl("simulate", "--resume", "--out", run, code=code)
+        (run / file).write_text(text)
+    assert not (tmp_path / "x").exists()
+    dtl("simulate", "--resume", "--out", run)
+
+
+def test_a_torn_journal_is_cut_in_place(
+    dtl: Cli, tmp_path: Path, fixed_primes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    dtl("simulate", "breast_cancer", *TINY, "--out", run)
+    whole = (run / "journal.jsonl").read_bytes()
+    (run / "journal.jsonl").write_bytes(whole + b'{"round": 1')
+
+    def killed(path: Path, size: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "truncate", killed)
+        dtl("simulate", "--resume", "--out", run, code=1)
+    assert (run / "journal.jsonl").read_bytes().startswith(whole)
+    dtl("simulate", "--resume", "--out", run)
+    assert (run / "journal.jsonl").read_bytes() == whole

@@ -162,8 +162,12 @@ class AtomicFolder:
         self.temporary = _temporary_name(self.path)
         with machine_errors(path):
             self.temporary.mkdir(mode=0o700)
-            self._lock = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            try:
+                self._lock = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                fcntl.flock(self._lock, fcntl.LOCK_EX)
+            except BaseException:
+                self.temporary.rmdir()
+                raise
 
     def commit(self) -> None:
         """Give the finished folder its name."""
@@ -175,7 +179,11 @@ class AtomicFolder:
                 if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # somebody was faster
                     check_new_folder(self.path)
                 raise
-            fsync_folder(self.path.parent)
+            try:
+                fsync_folder(self.path.parent)
+            except BaseException:
+                self.path.rename(self.temporary)
+                raise
 
     def __enter__(self) -> Self:
         return self
@@ -233,6 +241,15 @@ def _remove_leftovers(path: Path) -> None:
                 os.close(descriptor)
 
 
+def remove_second_names(path: Path) -> None:
+    """Remove the temporary names of a finished output whose command was killed in `place`."""
+    _remove_leftovers(path)
+    for pending in pending_files(path):
+        if path.exists() and pending.samefile(path):
+            fsync_folder(path.parent)
+            pending.unlink()
+
+
 def pending_path(path: Path, digest: bytes) -> Path:
     """The name of a finished output that has not got its own name yet."""
     return path.with_name(f".{path.name}.{digest.hex()[:32]}.pending")
@@ -254,7 +271,10 @@ def finish(path: Path, digest: bytes, force: bool) -> bool:
 
 
 def place(finished: Path, path: Path, force: bool) -> None:
-    """Rename a finished file to its name; without `force` never over an existing one."""
+    """Rename a finished file to its name; without `force` never over an existing one.
+
+    Where the name cannot be made durable, it is taken back.
+    """
     if force:
         finished.replace(path)
     else:
@@ -267,7 +287,14 @@ def place(finished: Path, path: Path, force: bool) -> None:
                 raise _exists(path) from None
             finished.rename(path)
         else:
-            finished.unlink()
+            try:
+                fsync_folder(path.parent)
+            except BaseException:  # `finished` is still there: nothing is lost
+                path.unlink()
+                raise
+            with suppress(OSError):  # the next command with this output removes it
+                finished.unlink()
+            return
     fsync_folder(path.parent)
 
 
@@ -284,6 +311,7 @@ def check_output(path: Path, force: bool) -> None:
         raise UsageError(f"{path}: key files and ledgers are never overwritten")
     if force and stat.S_ISREG(found.st_mode):
         return
+    remove_second_names(path)
     raise _exists(path)
 
 

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 
 from dtl.core.errors import FormatError
 
+MAX_KEYS = 1 << 14  # of an object; a validator remembers every bad one
 Json = Any
 """None, bool, int, str, list or dict of those."""
 
@@ -26,7 +27,7 @@ def loads(data: bytes, what: str) -> Json:
     That refuses duplicate keys, floats, escapes, spaces, unsorted keys and every other
     second spelling. `what` names the file in the error.
     """
-    value = parse(data, what)
+    value = parse(data, what, MAX_KEYS)
     try:
         same = dumps(value) == data
     except (ValueError, RecursionError):
@@ -36,14 +37,24 @@ def loads(data: bytes, what: str) -> Json:
     return value
 
 
-def parse(data: bytes, what: str) -> Json:
-    """Decode JSON without floats or duplicate keys, but in any spelling; else FormatError."""
+def parse(data: bytes, what: str, max_keys: int | None = None) -> Json:
+    """Decode JSON without floats or duplicate keys, but in any spelling; else FormatError.
+
+    No object may have more than `max_keys` keys.
+    """
+
+    def unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
+        found = dict(pairs)
+        if len(found) != len(pairs) or (max_keys is not None and len(pairs) > max_keys):
+            raise ValueError
+        return found
+
     try:
         value = json.loads(
             data.decode("utf-8"),
             parse_float=_refuse,
             parse_constant=_refuse,
-            object_pairs_hook=_unique,
+            object_pairs_hook=unique,
         )
         if b"\\u" in data:
             dumps(value)  # an escaped lone surrogate cannot be written as UTF-8
@@ -54,10 +65,3 @@ def parse(data: bytes, what: str) -> Json:
 
 def _refuse(_: str) -> NoReturn:
     raise ValueError
-
-
-def _unique(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError
-    return found

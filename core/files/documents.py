@@ -32,6 +32,7 @@ from dtl.core.files.schema import (
     Digest,
     Document,
     Identifier,
+    Items,
     Key32,
     Name,
     Signature,
@@ -76,14 +77,14 @@ class Job(Document):
     security: str
     N: BigInteger
     g: BigInteger
-    h: Annotated[tuple[BigInteger, ...], Field(min_length=COMPONENTS, max_length=COMPONENTS)]
+    h: Annotated[Items[BigInteger], Field(min_length=COMPONENTS, max_length=COMPONENTS)]
     slot_bits: int
     fraction_bits: int
     min_contributors: Annotated[int, Field(ge=2)]
     masks: bool
     kem: Literal["ML-KEM-768+X25519"]
     server: SigningParty
-    participants: tuple[Participant, ...]
+    participants: Items[Participant]
     kgc: SigningParty
     signature: Signature
 

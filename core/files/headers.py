@@ -11,8 +11,8 @@ from pydantic import Field, field_validator, model_validator
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files import canonical_json
 from dtl.core.files.container import Container
-from dtl.core.files.safetensors import MAX_DIMENSIONS
-from dtl.core.files.schema import Base64, Digest, Document, Name, Round, Timestamp
+from dtl.core.files.safetensors import MAX_DIMENSIONS, MAX_TENSORS
+from dtl.core.files.schema import Base64, Digest, Document, Items, Name, Round, Timestamp
 
 MAX_VALUES = 1 << 48
 Values = Annotated[int, Field(ge=1, lt=MAX_VALUES)]
@@ -43,7 +43,7 @@ class TensorSpec(Document):
         return math.prod(self.shape)
 
 
-Layout = tuple[TensorSpec, ...]
+Layout = Annotated[Items[TensorSpec], Field(max_length=MAX_TENSORS)]
 """Tensors in packing order: the bytewise order of their names."""
 
 
@@ -121,8 +121,8 @@ class ResultHeader(VectorHeader):
     signer: Literal["server"]
     parent: Digest | None
     initial: Digest | None
-    contributors: tuple[Contribution, ...]
-    missing: tuple[Name, ...]
+    contributors: Items[Contribution]
+    missing: Items[Name]
     contributions: dict[Name, Round]
 
     @model_validator(mode="after")
@@ -166,8 +166,8 @@ class ReleaseHeader(Header):
     round: Round
     of: Digest
     manifest: ResultHeader
-    grants: tuple[Grant, ...]
-    admitted: tuple[Name, ...]
+    grants: Items[Grant]
+    admitted: Items[Name]
     commit: Annotated[Base64, Field(min_length=32, max_length=32)]
 
     @model_validator(mode="after")

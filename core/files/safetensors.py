@@ -19,6 +19,7 @@ from dtl.core.files.atomic import machine_errors, open_regular
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 32
+MAX_TENSORS = 1 << 16
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 
@@ -95,6 +96,8 @@ class SafetensorsFile:
         if not isinstance(parsed, dict):
             raise FormatError(f"{self.path}: header: expected an object")
         self.metadata = self._metadata(parsed.pop("__metadata__", {}))
+        if len(parsed) > MAX_TENSORS:
+            raise FormatError(f"{self.path}: expected at most {MAX_TENSORS} tensors")
         tensors = [self._tensor(name, entry, len(self.header)) for name, entry in parsed.items()]
         self.tensors = {tensor.name: tensor for tensor in tensors}
         end = len(self.header)

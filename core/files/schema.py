@@ -1,12 +1,13 @@
 """What the JSON of dtl is made of: strict, frozen models and the types of their fields."""
 
 import re
-from typing import Annotated, Any, Final, Self
+from typing import Annotated, Any, Final, Self, TypeVar
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    FailFast,
     Field,
     PlainSerializer,
     ValidationError,
@@ -46,6 +47,9 @@ BigInteger = Annotated[int, BeforeValidator(_integer), PlainSerializer(lambda va
 Base64 = Annotated[bytes, BeforeValidator(_base64), PlainSerializer(encode_base64)]
 Key32 = Annotated[Base64, Field(min_length=32, max_length=32)]
 Signature = Annotated[Base64, Field(min_length=64, max_length=64)]
+Item = TypeVar("Item")
+Items = Annotated[tuple[Item, ...], FailFast()]
+"""Any number of items; the first bad one ends the check, as every error takes memory."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
 Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
@@ -70,7 +74,9 @@ class Document(BaseModel):
         """Validate parsed JSON; FormatError as `decode`."""
         try:
             # JSON mode, so that arrays become tuples while all else stays strict.
-            return cls.model_validate_json(canonical_json.dumps(value))
+            text = canonical_json.dumps(value)
+            cls._check_names(value, what)
+            return cls.model_validate_json(text)
         except UnicodeEncodeError:
             raise FormatError(f"{what}: expected text that can be encoded as UTF-8") from None
         except ValidationError as error:
@@ -78,6 +84,23 @@ class Document(BaseModel):
             place = ".".join(str(part) for part in first["loc"]) or "document"
             problem = first["msg"][:1].lower() + first["msg"][1:]
             raise FormatError(f"{what}: {place}: {problem}") from None
+
+    @classmethod
+    def _check_names(cls, value: canonical_json.Json, what: str) -> None:
+        """Raise FormatError for a field too few or too many, in documents inside as well.
+
+        pydantic would say the same, but remembers the whole input once for every such field.
+        """
+        if not isinstance(value, dict):
+            return  # pydantic's to refuse
+        for name, field in cls.model_fields.items():
+            if name not in value:
+                raise FormatError(f"{what}: {name}: field required")
+            kind = field.annotation
+            if isinstance(kind, type) and issubclass(kind, Document):
+                kind._check_names(value[name], f"{what}: {name}")
+        for name in value.keys() - cls.model_fields.keys():
+            raise FormatError(f"{what}: {name}: extra inputs are not permitted")
 
     def plain(self) -> dict[str, Any]:
         """As plain JSON values."""

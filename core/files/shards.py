@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dtl.core.errors import DtlError, FormatError
-from dtl.core.files.atomic import PRIVATE_MODE, open_regular, write_file
+from dtl.core.files.atomic import open_regular
+from dtl.core.files.npz import check_archive, may_unpack, read_array_header
 
 MIN_CLASSES = 2
 
@@ -63,13 +63,12 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
 
 
 def _check_sizes(file: IO[bytes], path: Path) -> None:
-    """Raise FormatError for an array whose header claims more than is there."""
+    """Raise FormatError for an array whose header claims more than is there, or for a bomb."""
     with zipfile.ZipFile(file) as archive:
+        check_archive(archive, path)
         for info in archive.infolist():
             with archive.open(info) as member:
-                version = npy.read_magic(member)
-                read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, _, dtype = read(member)
+                shape, _, dtype = read_array_header(member)
                 if member.tell() + math.prod(shape) * dtype.itemsize != info.file_size:
                     raise FormatError(f"{path}: an array is not as long as it claims")
 
@@ -99,8 +98,11 @@ def load_shard(path: Path) -> Shard:
     )
 
 
-def save_shard(path: Path, shard: Shard, force: bool) -> None:
-    """Write a shard."""
+def encode_shard(shard: Shard) -> bytes:
+    """The bytes of a shard's file: the same for the same samples."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x=shard.x, y=shard.y, classes=shard.classes)
-    write_file(path, buffer.getvalue(), force, PRIVATE_MODE)
+    if not may_unpack(buffer.tell(), shard.x.nbytes + shard.y.nbytes + shard.classes.nbytes):
+        buffer = io.BytesIO()
+        np.savez(buffer, x=shard.x, y=shard.y, classes=shard.classes)
+    return buffer.getvalue()

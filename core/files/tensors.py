@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import IO, Literal, Protocol
 
 import numpy as np
-from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from dtl.core.crypto.primitives import fields, u32
@@ -24,6 +23,7 @@ from dtl.core.errors import DtlError, FormatError, NumericError, VerificationErr
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import open_regular, read_start
 from dtl.core.files.headers import Layout, TensorSpec, check_layout
+from dtl.core.files.npz import check_archive, read_array_header
 from dtl.core.files.safetensors import SafetensorsFile, stamp_of
 from dtl.core.files.schema import FORMAT, Digest, Document, Round
 
@@ -267,6 +267,7 @@ class _NpzTensors:
             raise
 
     def _read(self) -> None:
+        check_archive(self._zip, self.path)
         names = [name.removesuffix(".npy") for name in self._zip.namelist()]
         if any(name.endswith("/data.pkl") for name in names):
             raise FormatError(
@@ -280,7 +281,7 @@ class _NpzTensors:
         specs = []
         for name in names:
             with self._member(name) as member:
-                shape, fortran, dtype = self._array_header(member)
+                shape, fortran, dtype = read_array_header(member)
                 if name == METADATA_ARRAY:
                     self.metadata = self._metadata(member, shape, dtype)
                 else:
@@ -310,13 +311,6 @@ class _NpzTensors:
                 raise
             raise FormatError(f"{self.path}: array {name!r} is damaged") from None
 
-    def _array_header(
-        self, member: IO[bytes]
-    ) -> tuple[tuple[int, ...], bool, np.dtype[np.generic]]:
-        version = npy.read_magic(member)
-        read = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-        return read(member)
-
     def _take(self, member: IO[bytes], length: int, name: str) -> bytes:
         parts = []
         while length > 0 and (part := member.read(length)):
@@ -329,7 +323,7 @@ class _NpzTensors:
     def pieces(self, spec: TensorSpec) -> Iterator[bytes]:
         width = item_bytes(spec.dtype)
         with self._member(spec.name) as member:
-            self._array_header(member)
+            read_array_header(member)
             if spec.name in self._fortran:  # needs the whole tensor to be turned
                 data = np.frombuffer(
                     self._take(member, spec.values * width, spec.name), f"V{width}"
@@ -380,6 +374,8 @@ def _make_layout(specs: Sequence[tuple[str, tuple[int, ...], str]], path: Path) 
 def _read_metadata(text: str | None, path: Path) -> PlainMetadata | None:
     if text is None:
         return None
+    if len(text) > MAX_METADATA_BYTES:
+        raise FormatError(f"{path}: metadata: expected at most {MAX_METADATA_BYTES} characters")
     return PlainMetadata.decode(text.encode("utf-8", "surrogatepass"), f"{path}: metadata")
 
 

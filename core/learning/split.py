@@ -1,7 +1,9 @@
 """Split a data set into one shard a participant and a test shard."""
 
 import csv
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,13 +12,22 @@ from numpy.typing import NDArray
 
 from dtl import datasets
 from dtl.core import defaults
-from dtl.core.errors import FormatError, UsageError
-from dtl.core.files.atomic import check_output, machine_errors
-from dtl.core.files.shards import Shard, read_arrays, save_shard
+from dtl.core.errors import DtlError, FormatError, UsageError
+from dtl.core.files.atomic import (
+    PRIVATE_MODE,
+    AtomicFolder,
+    AtomicOutput,
+    machine_errors,
+    open_regular,
+    read_file,
+    write_file,
+)
+from dtl.core.files.shards import Shard, encode_shard, read_arrays
 
 TEST = "test"
 _DIRICHLET_TRIES = 100
 _MIN_SAMPLES = 2
+MAX_LABEL = 256  # characters
 
 
 @dataclass(frozen=True)
@@ -32,16 +43,42 @@ class SplitOptions:
 def split_data(
     source: str, folder: Path, options: SplitOptions, force: bool = False
 ) -> dict[str, Shard]:
-    """Write `NAME.npz` for every participant and `test.npz`; errors as `make_shards`."""
+    """Write `NAME.npz` for every participant and `test.npz`; errors as `make_shards`.
+
+    A new folder appears complete or not at all. In a folder that is there, all files are
+    finished before the first gets its name; where only some of these very files are there,
+    an interrupted run is completed.
+    """
     shards = make_shards(source, options)
-    with machine_errors(folder):
-        folder.mkdir(exist_ok=True)
-    paths = {name: folder / f"{name}.npz" for name in shards}
-    for path in paths.values():
-        check_output(path, force)
-    for name, shard in shards.items():
-        save_shard(paths[name], shard, force)
+    files = {f"{name}.npz": encode_shard(shard) for name, shard in shards.items()}
+    if folder.exists():
+        _write_into(folder, files, force)
+    else:
+        with AtomicFolder(folder) as staging:
+            for name, data in files.items():
+                write_file(staging.temporary / name, data, True, PRIVATE_MODE)
+            staging.commit()
     return shards
+
+
+def _write_into(folder: Path, files: Mapping[str, bytes], force: bool) -> None:
+    done = [] if force else [name for name in files if _holds(folder / name, files[name])]
+    todo = [name for name in files if name not in done or len(done) == len(files)]
+    with ExitStack() as stack:
+        outputs = []
+        for name in todo:
+            output = AtomicOutput(folder / name, force, PRIVATE_MODE)
+            outputs.append(stack.enter_context(output))
+            output.write(files[name])
+        for output in outputs:
+            output.commit()
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    """Whether a file holds exactly these bytes."""
+    with suppress(DtlError):
+        return read_file(path, len(data)) == data
+    return False
 
 
 def make_shards(source: str, options: SplitOptions) -> dict[str, Shard]:
@@ -79,13 +116,17 @@ def load_source(source: str) -> Shard:
 
 def _read_csv(path: Path) -> Shard:
     try:
-        with machine_errors(path), path.open(encoding="utf-8", newline="") as file:
+        descriptor = open_regular(path)
+        with machine_errors(path), os.fdopen(descriptor, encoding="utf-8", newline="") as file:
             rows = [row for row in csv.reader(file) if row]
         labels = [row[-1].strip() for row in rows[1:]]
+        if any(len(label) > MAX_LABEL for label in labels):  # numpy gives all the longest's room
+            raise ValueError
         x = np.array([row[:-1] for row in rows[1:]], np.float64)
     except (ValueError, IndexError, csv.Error):
         raise FormatError(
-            f"{path}: expected a header line, then rows of numbers and a class"
+            f"{path}: expected a header line, then rows of numbers and a class "
+            f"(of at most {MAX_LABEL} characters)"
         ) from None
     return _shard(x, np.array(labels), path)
 

@@ -98,11 +98,11 @@ def generate_job(
                 format=FORMAT, name=name, job=job.digest, kgc=job.kgc.sign, ledger=identifier
             )
             data = documents.encode_key(pins, held, passphrase)
-            write_file(staging.temporary / f"{name}.key", data, mode=PRIVATE_MODE)
+            write_file(staging.temporary / f"{name}.key", data, True, PRIVATE_MODE)
             if identifier is not None:
                 line = ledger.first_line(identifier, name)
-                write_file(staging.temporary / f"{name}.ledger", line, mode=PRIVATE_MODE)
-        write_file(staging.temporary / "job.json", job.encode())
+                write_file(staging.temporary / f"{name}.ledger", line, True, PRIVATE_MODE)
+        write_file(staging.temporary / "job.json", job.encode(), force=True)
         staging.commit()
     return job
 

@@ -13,7 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dtl.core.errors import FormatError, QuorumError, VerificationError
-from dtl.core.files.atomic import machine_errors, read_file, write_file
+from dtl.core.files.atomic import machine_errors, read_file, remove_second_names, write_file
 from dtl.core.files.container import Container
 from dtl.core.files.documents import SERVER, Job, Key
 from dtl.core.files.headers import AnyHeader, ReleaseHeader, read_header
@@ -143,6 +143,7 @@ class Consortium:
         # A round that was done is walked through again: nothing is taken on trust.
         record = self._do_round(number)
         if path.exists():
+            remove_second_names(path)
             noted = _read_record(path)
             if noted != record.model_copy(update={"clamped": noted.clamped}):
                 raise VerificationError(f"{path}: contradicts the files of the round")

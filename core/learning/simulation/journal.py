@@ -1,6 +1,7 @@
 """What every party did in a run: one JSON line a step, with its time, size and command."""
 
 import json
+import os
 import shlex
 import time
 from collections.abc import Callable
@@ -8,8 +9,10 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from dtl.core.errors import FormatError
-from dtl.core.files.atomic import machine_errors
+from dtl.core.files.atomic import machine_errors, remove_second_names
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,23 @@ class Step:
     command: str
 
 
+_STEP = TypeAdapter(Step)
+
+
+def _read_step(line: bytes, path: Path) -> Step:
+    try:
+        return _STEP.validate_json(line)
+    except ValidationError:
+        raise FormatError(
+            f"{path}: expected a step a line", "remove it: only times and commands are lost"
+        ) from None
+
+
 class Journal:
-    """The steps of a run, oldest first, kept in a file that grows by a line a step."""
+    """The steps of a run, oldest first, kept in a file that grows by a line a step.
+
+    Raises FormatError for a file that is something else.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -36,14 +54,9 @@ class Journal:
         with suppress(FileNotFoundError):
             data = path.read_bytes()
             whole = data[: data.rfind(b"\n") + 1]  # a killed run may leave a torn last line
-            try:
-                self.steps = [Step(**json.loads(line)) for line in whole.splitlines()]
-            except (TypeError, ValueError):
-                raise FormatError(
-                    f"{path}: expected a step a line", "remove it: only times and commands are lost"
-                ) from None
+            self.steps = [_read_step(line, path) for line in whole.split(b"\n")[:-1]]
             if whole != data:
-                path.write_bytes(whole)
+                os.truncate(path, len(whole))
         self._known = {(step.round, step.party, step.step) for step in self.steps}
 
     def run(
@@ -58,6 +71,8 @@ class Journal:
             start = time.perf_counter()
             act()
             seconds = round(time.perf_counter() - start, 6)
+        else:
+            remove_second_names(output)
         text = " ".join(shlex.quote(str(part)) for part in command)
         self._note(Step(number, party, str(command[0]), seconds, _size(output), text))
 

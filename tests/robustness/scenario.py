@@ -1,0 +1,244 @@
+"""One small job through every command, with a snapshot of the folder before each of them.
+
+Four participants, insecure keys of 256 bits, one group of values. In round 1 dave is missing:
+the round is closed, masks are revealed, dave is admitted. In round 2 all four are there.
+"""
+
+import os
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from dtl.cli import app
+from dtl.core.roles import key_center
+from tests.helpers import PRIMES
+
+NAMES = ("alice", "bob", "carol", "dave")
+PRESENT = NAMES[:3]
+ROSTER = ",".join(NAMES)
+MODULUS_BITS = 256
+SMALL = ("--modulus-bits", str(MODULUS_BITS), "--insecure")
+EPOCH = 1_700_000_000
+RUN = ("--participants", "3", "--rounds", "2", "--hidden", "2", "--local-epochs", "1")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command that writes: its words, its output, and the commands that accept the output."""
+
+    name: str
+    words: tuple[str, ...]
+    output: str
+    accept: tuple[tuple[str, ...], ...] = ()
+
+
+def _step(name: str, output: str, words: str, *accept: str) -> Step:
+    return Step(name, tuple(words.split()), output, tuple(tuple(text.split()) for text in accept))
+
+
+def _upload(name: str, number: int, base: str) -> list[Step]:
+    gradients, upload = f"{name}-{number}.grads.npz", f"{name}-{number}.upload"
+    opens = f"--model {base}" if number > 1 else ""
+    return [
+        _step(
+            "compute-grads",
+            gradients,
+            f"compute-grads --model {base} --data shards/{name}.npz -o {gradients}",
+            f"inspect {gradients}",
+        ),
+        _step(
+            "encrypt-grads",
+            upload,
+            f"encrypt-grads {gradients} --key job/{name}.key -o {upload}",
+            f"verify {upload} --job job/job.json",
+            f"audit {upload} --key job/kgc.key {opens}",
+        ),
+    ]
+
+
+def _opened(name: str, number: int, suffix: str) -> Step:
+    out = f"{name}-w{number}.{suffix}"
+    words = f"open-model model-{number}.release --key job/{name}.key -o {out}"
+    accept = f"evaluate --model {out} --data shards/test.npz"
+    return _step("open-model", out, words, accept)
+
+
+def steps() -> list[Step]:
+    """Every command that writes, in the order of a job of two rounds, and a simulation."""
+    first = " ".join(f"{name}-1.upload" for name in PRESENT)
+    second = " ".join(f"{name}-2.upload" for name in NAMES)
+    reveals = " ".join(f"{name}.reveal" for name in PRESENT)
+    closing = f"--close round-1.close --reveals {reveals}"
+    job, server = "--job job/job.json", "--key job/server.key"
+    return [
+        _step(
+            "keygen",
+            "job",
+            f"keygen job --participants {ROSTER} {' '.join(SMALL)}",
+            "verify job/job.json --job job/job.json",
+            *(f"inspect job/{name}.ledger" for name in ("server", *NAMES)),
+        ),
+        _step(
+            "split-data",
+            "shards",
+            f"split-data data.csv --participants {ROSTER} --out shards",
+            *(f"inspect shards/{name}.npz" for name in (*NAMES, "test")),
+        ),
+        _step(
+            "init-model",
+            "w0.safetensors",
+            "init-model --data shards/alice.npz --hidden 2 -o w0.safetensors",
+            "evaluate --model w0.safetensors --data shards/test.npz",
+        ),
+        *(step for name in PRESENT for step in _upload(name, 1, "w0.safetensors")),
+        _step(
+            "close-round",
+            "round-1.close",
+            f"close-round {first} {server} -o round-1.close",
+            f"verify round-1.close {job}",
+        ),
+        *(
+            _step(
+                "reveal-masks",
+                f"{name}.reveal",
+                f"reveal-masks round-1.close --key job/{name}.key -o {name}.reveal",
+                f"verify {name}.reveal {job}",
+                f"audit {name}.reveal --key job/kgc.key",
+            )
+            for name in PRESENT
+        ),
+        _step(
+            "aggregate",
+            "model-1.enc",
+            f"aggregate {first} {server} --initial w0.safetensors {closing} -o model-1.enc",
+            f"verify model-1.enc {job} --initial w0.safetensors --uploads {first} "
+            f"--reveals {reveals}",
+            "audit model-1.enc --key job/kgc.key",
+        ),
+        _step(
+            "release-model",
+            "model-1.release",
+            f"release-model model-1.enc {server} --admit dave -o model-1.release",
+            f"verify model-1.release {job} --model model-1.enc",
+        ),
+        *(_opened(name, 1, suffix) for name, suffix in zip(NAMES, cycle(SUFFIXES), strict=False)),
+        _step(
+            "audit",
+            "recovered.npz",
+            "audit model-1.enc --key job/kgc.key --plaintext recovered.npz",
+            "evaluate --model recovered.npz --data shards/test.npz",
+        ),
+        *(
+            step
+            for name, suffix in zip(NAMES, cycle(SUFFIXES), strict=False)
+            for step in _upload(name, 2, f"{name}-w1.{suffix}")
+        ),
+        _step(
+            "aggregate",
+            "model-2.enc",
+            f"aggregate {second} {server} --model model-1.enc -o model-2.enc",
+            "audit model-2.enc --key job/kgc.key",
+        ),
+        _step(
+            "release-model",
+            "model-2.release",
+            f"release-model model-2.enc {server} -o model-2.release",
+            f"verify model-2.release {job}",
+        ),
+        _opened("alice", 2, "npz"),
+        _step(
+            "simulate",
+            "run",
+            f"simulate data.csv {' '.join(RUN + SMALL)} --out run",
+            "verify run/rounds/002/model.enc --job run/job/job.json",
+        ),
+    ]
+
+
+SUFFIXES = ("safetensors", "npz")
+
+
+def use_fixed_primes() -> None:
+    """Make keygen take the fixed primes, in this process."""
+
+    def primes(modulus_bits: int, work: object) -> Iterator[int]:
+        return cycle(PRIMES[modulus_bits])
+
+    key_center._safe_primes = primes
+
+
+def command(words: tuple[str, ...]) -> list[str]:
+    """The arguments of a command: quiet, and in one thread where it has a choice."""
+    parallel = words[0] not in ("inspect", "split-data", "init-model", "compute-grads", "evaluate")
+    parallel = parallel and words[0] != "reveal-masks"
+    return [*words, "--quiet", *(("--workers", "1") if parallel else ())]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The state before a step: its folder, never to be written to."""
+
+    number: int
+    step: Step
+    folder: Path
+
+    def copy(self, to: Path) -> Path:
+        """A fresh copy of the folder, at `to`."""
+        shutil.rmtree(to, ignore_errors=True)
+        shutil.copytree(self.folder, to, symlinks=True)
+        return to
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """The stages of the whole job, and what is there at the end."""
+
+    stages: list[Stage]
+    end: Path
+
+    def stage(self, name: str) -> Stage:
+        """The first stage whose step has this command's name."""
+        return next(stage for stage in self.stages if stage.step.name == name)
+
+
+def play(folder: Path, until: str | None = None) -> Scenario:
+    """Play the job in `folder`, up to the first command `until`, in this process.
+
+    Every command must succeed.
+    """
+    use_fixed_primes()
+    here = Path.cwd()
+    work, stages = folder / "work", []
+    work.mkdir(parents=True)
+    (work / "data.csv").write_text("\n".join(["a,b,c,class", *_rows()]) + "\n")
+    try:
+        os.chdir(work)
+        for number, step in enumerate(steps()):
+            if step.name == until:
+                break
+            stages.append(Stage(number, step, folder / f"{number:02}-{step.name}"))
+            shutil.copytree(work, stages[-1].folder)
+            _must(step.words)
+            if not (Path.cwd() / step.output).exists():
+                raise AssertionError(f"{step.words}: no output")
+            for check in step.accept:
+                _must(check)
+    finally:
+        os.chdir(here)
+    return Scenario(stages, work)
+
+
+def _must(words: tuple[str, ...]) -> None:
+    code = app.run(command(words))
+    if code:
+        raise AssertionError(f"{' '.join(words)}: exit code {code}")
+
+
+def _rows() -> Iterator[str]:
+    chance = random.Random(0)  # noqa: S311  (samples of a test)
+    for number in range(60):
+        label = number % 3
+        yield ",".join([*(f"{label + chance.gauss(0, 0.3):.3f}" for _ in range(3)), f"c{label}"])

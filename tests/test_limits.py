@@ -1,0 +1,112 @@
+"""What fuzz and faults have found: small files that took much, and runs that did not go on."""
+
+import io
+import json
+import os
+import resource
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dtl.core.files.safetensors import MAX_HEADER_BYTES, build_header
+from dtl.core.files.shards import Shard, encode_shard, load_shard
+from tests.helpers import Cli, Round
+from tests.robustness.faults import run_child
+from tests.robustness.mutations import npy
+
+NewRound = Callable[..., Round]
+MEMORY = 200 << 20  # bytes; before they were bounded, most took a gigabyte and more
+
+
+def _container(header: bytes) -> bytes:
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
+
+
+def _upload(layout: str) -> bytes:
+    digest = "0" * 128
+    plain: dict[str, object] = {
+        "format": "dtl/v1",
+        "kind": "upload",
+        "job": digest,
+        "signer": "alice",
+        "layout": "@",
+    }
+    plain |= {"base": None, "created": "2026-01-01T00:00:00Z", "masked": True, "roster": digest}
+    plain |= {"round": 1, "values": 1}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":")).replace('"@"', layout)
+    return build_header({"dtl": text, "signature": digest}, [("residues", "U8", (0,))])
+
+
+def _archive(member: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        archive.writestr("x.npy", member)
+    return out.getvalue()
+
+
+MANY = MAX_HEADER_BYTES // 32
+ARRAY = "{'descr': '<f8', 'fortran_order': %s, 'shape': (%d,), }\n"
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "a layout of no tensors": lambda: _upload("[" + "0," * MANY + "0]"),
+    "a roster of nobody": ('{"participants":[' + "{}," * MANY + "{}]}").encode,
+    "many seeds": lambda: json.dumps(
+        {"mask_seeds": {f"{n:06}": 0 for n in range(MANY // 4)}}, separators=(",", ":")
+    ).encode(),
+    "long metadata": lambda: _container(
+        json.dumps({"__metadata__": {"dtl": "[" + "[]," * MANY + "[]]"}}).encode()
+    ),
+    "many tensors": lambda: _container(
+        json.dumps(
+            {
+                f"{n:x}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+                for n in range((1 << 16) + 1)
+            }
+        ).encode()
+    ),
+    "zeros": lambda: _archive(npy(ARRAY % (True, 1 << 24), bytes(1 << 27))),
+    "a long header": lambda: _archive(npy(" " * (1 << 26), b"", 2)),
+    "bzip2": lambda: _archive(npy(ARRAY % (False, 9), bytes(72)), zipfile.ZIP_BZIP2),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_do_not_take_much(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    (folder / "bad.npz").write_bytes(BOMBS[name]())
+
+    def limit() -> None:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+    ended = run_child(folder, ("inspect", "bad.npz"), prepare=limit)
+    assert ended.code == 3, ended.printed
+
+
+def test_a_shard_that_packs_too_well_is_stored_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.npz"
+    rows = 9_000_000
+    path.write_bytes(
+        encode_shard(Shard(np.zeros((rows, 1)), np.arange(rows) % 2, np.array(["a", "b"])))
+    )
+    assert len(load_shard(path).x) == rows
+
+
+@pytest.mark.parametrize(
+    "text", ["a,b\n1,x\n2," + "c" * 257, "a,b\n" + "1,1\n" * 3 + "2," + "c" * 120_000]
+)
+def test_a_long_class_is_refused(text: str, dtl: Cli, tmp_path: Path) -> None:
+    source = tmp_path / "long.csv"
+    source.write_text(text)
+    dtl("split-data", source, "--participants", "a,b", "--out", tmp_path / "out", code=3)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pipe_for_a_csv_file(dtl: Cli, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.csv"
+    os.mkfifo(pipe)
+    dtl("split-data", pipe, "--participants", "a,b", "--out", tmp_path / "out", code=2)
