@@ -546,6 +546,29 @@ def test_a_changed_run_is_not_resumed(dtl: Cli, tmp_path: Path, fixed_primes: No
     dtl("simulate", "--resume", "--out", run)
 
 
+def test_the_state_of_an_optimizer_is_not_lost(
+    simulate: Simulate, dtl: Cli, tmp_path: Path
+) -> None:
+    run = simulate("breast_cancer", "--participants", 3, "--rounds", 1, "--optimizer", "adam")
+    total = file_of(run, 1, "alice.sum.safetensors")
+    first, kept, model = run / "w0.safetensors", tmp_path / "s.npz", tmp_path / "w.npz"
+    step = ("apply-sum", total, "--model", first, "--optimizer", "adam")
+    dtl(*step, "--state-out", kept, "-o", model)
+    whole, stepped = kept.read_bytes(), model.read_bytes()
+
+    model.unlink()  # an interrupted step is completed
+    dtl(*step, "--state-out", kept, "-o", model)
+    assert (kept.read_bytes(), model.read_bytes()) == (whole, stepped)
+
+    again = ("--state", kept, "-o", tmp_path / "w2.npz")  # another step has another state
+    for clash in (kept, tmp_path / "w2.npz", model):
+        dtl(*step, *again, "--state-out", clash, code=2)
+    for clash in (kept, tmp_path / "w2.npz"):
+        dtl(*step, *again, "--state-out", clash, "--force", code=2)
+    assert kept.read_bytes() == whole
+    assert not (tmp_path / "w2.npz").exists()
+
+
 def test_a_torn_journal_is_cut_in_place(
     dtl: Cli, tmp_path: Path, fixed_primes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,8 +50,9 @@ def write_config(folder: Path, settings: Mapping[str, Value | None], link: Conne
     connection = f"{_CONNECTION}address = {_toml(link.address)}\n{security}\n"
     with AtomicFolder(folder) as staging:
         (staging.temporary / APP).mkdir()
-        write_file(staging.temporary / APP / "pyproject.toml", (_PROJECT + "".join(lines)).encode())
-        write_file(staging.temporary / "config.toml", connection.encode())
+        project = (_PROJECT + "".join(lines)).encode()
+        write_file(staging.temporary / APP / "pyproject.toml", project, force=True)
+        write_file(staging.temporary / "config.toml", connection.encode(), force=True)
         staging.commit()
 
 

@@ -11,9 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from dtl.core.errors import FormatError, UsageError
+from dtl.core.errors import DtlError, FormatError, UsageError
+from dtl.core.files.atomic import remove_second_names
 from dtl.core.files.headers import check_same_shapes
-from dtl.core.files.tensor_writer import write_arrays
+from dtl.core.files.tensor_writer import open_arrays, write_arrays
 from dtl.core.files.tensors import make_layout, read_arrays
 from dtl.core.learning.mlp import DTYPE, Weights
 
@@ -105,9 +106,13 @@ def apply_sum(
     """Write the model after one step along a released sum of contributions.
 
     The new model is named by the sum: uploads based on it say which sum was applied, and
-    their masks cancel only if everybody applied the same. Raises FormatError for files that
-    do not belong together.
+    their masks cancel only if everybody applied the same. Both files are finished before the
+    first gets its name; where only the state that follows is there, an interrupted step is
+    completed. Raises FormatError for files that do not belong together, UsageError for a
+    state that would be lost.
     """
+    if state.after is not None and _same_place(state.after, output, state.before):
+        raise UsageError(f"{state.after}: the new state needs a file of its own")
     contributions, metadata = read_arrays(total)
     if metadata is None or metadata.kind != "sum":
         raise FormatError(f"{total}: expected a sum that open-model wrote")
@@ -120,7 +125,27 @@ def apply_sum(
         stepped = optimizer.step(weights, contributions)
     except KeyError as error:
         raise FormatError(f"{state.before}: not the state of this optimizer: {error}") from None
-    if state.after is not None and optimizer.state:
-        write_arrays(state.after, optimizer.state, STATE_DTYPE, None, force=True)
     named = metadata.model_copy(update={"kind": "weights"})
-    write_arrays(output, stepped, DTYPE, named, force)
+    keep = state.after if optimizer.state else None
+    if keep is not None and _holds(keep, optimizer.state):
+        remove_second_names(keep)
+        keep = None
+    with open_arrays(output, stepped, DTYPE, named, force) as new_model:
+        if keep is not None:
+            write_arrays(keep, optimizer.state, STATE_DTYPE, None, force)
+        new_model.commit()
+
+
+def _same_place(path: Path, *others: Path | None) -> bool:
+    return path.resolve() in [other.resolve() for other in others if other is not None]
+
+
+def _holds(path: Path, state: Weights) -> bool:
+    """Whether a file holds exactly this state."""
+    try:
+        found, _ = read_arrays(path)
+    except DtlError:
+        return False
+    return found.keys() == state.keys() and all(
+        np.array_equal(found[name], state[name]) for name in state
+    )

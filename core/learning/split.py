@@ -20,6 +20,7 @@ from dtl.core.files.atomic import (
     machine_errors,
     open_regular,
     read_file,
+    remove_second_names,
     write_file,
 )
 from dtl.core.files.shards import Shard, encode_shard, read_arrays
@@ -64,6 +65,8 @@ def split_data(
 def _write_into(folder: Path, files: Mapping[str, bytes], force: bool) -> None:
     done = [] if force else [name for name in files if _holds(folder / name, files[name])]
     todo = [name for name in files if name not in done or len(done) == len(files)]
+    for name in done:
+        remove_second_names(folder / name)
     with ExitStack() as stack:
         outputs = []
         for name in todo:

@@ -25,7 +25,7 @@ from typing import Any
 
 from dtl.cli import app
 from dtl.core.files import ledger
-from dtl.core.files.ledger import LedgerHead, ReleaseEntry
+from dtl.core.files.ledger import LedgerHead
 from tests.robustness.scenario import EPOCH, Scenario, Stage, command, play
 
 CHANGES = ("ftruncate", "truncate", "fsync", "link", "rename", "replace", "unlink", "rmdir")
@@ -292,11 +292,13 @@ def check_ledger(path: Path, what: str) -> None:
     """Raise unless the ledger is whole (but for a torn last line), and says nothing twice."""
     entries = ledger.read_entries(path.read_bytes(), str(path))
     assert isinstance(entries[0], LedgerHead), what
-    counts = Counter((entry.plain()["event"], entry.plain()["round"]) for entry in entries[1:])
-    releases = {(e.round, e.result) for e in entries[1:] if isinstance(e, ReleaseEntry)}
-    assert len(releases) == len({number for number, _ in releases}), f"{what}: {path.name}"
-    twice = [key for key, times in counts.items() if times > 1 and key[0] != "release"]
+    said = [entry.plain() for entry in entries[1:]]
+    once = [(e["event"], e["round"], e.get("content")) for e in said if e["event"] != "release"]
+    twice = [key for key, times in Counter(once).items() if times > 1]
     assert not twice, f"{what}: {path.name}: {twice}"
+    for event, fact in (("release", "result"), ("aggregate", "uploads")):
+        facts = {(e["round"], str(e[fact])) for e in said if e["event"] == event}
+        assert len(facts) == len({number for number, _ in facts}), f"{what}: {path.name}: {facts}"
 
 
 def distinct(scenario: Scenario) -> list[Stage]:

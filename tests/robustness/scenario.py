@@ -1,7 +1,8 @@
 """One small job through every command, with a snapshot of the folder before each of them.
 
 Four participants, insecure keys of 256 bits, one group of values. In round 1 dave is missing:
-the round is closed, masks are revealed, dave is admitted. In round 2 all four are there.
+the round is closed, masks are revealed, dave is admitted. In round 2 all four are there, and
+the bare sum is released.
 """
 
 import os
@@ -143,12 +144,34 @@ def steps() -> list[Step]:
             "audit model-2.enc --key job/kgc.key",
         ),
         _step(
-            "release-model",
-            "model-2.release",
-            f"release-model model-2.enc {server} -o model-2.release",
-            f"verify model-2.release {job}",
+            "aggregate",
+            "sum-2.enc",
+            f"aggregate {second} {server} -o sum-2.enc",
+            "audit sum-2.enc --key job/kgc.key",
         ),
-        _opened("alice", 2, "npz"),
+        _step(
+            "release-model",
+            "sum-2.release",
+            f"release-model sum-2.enc {server} -o sum-2.release",
+            f"verify sum-2.release {job}",
+        ),
+        _step(
+            "open-model",
+            "alice-sum-2.npz",
+            "open-model sum-2.release --key job/alice.key -o alice-sum-2.npz",
+        ),
+        _step(
+            "apply-sum",
+            "alice-w2.npz",
+            "apply-sum alice-sum-2.npz --model alice-w1.safetensors --optimizer adam --lr 0.1 "
+            "--state-out adam-2.npz -o alice-w2.npz",
+            "evaluate --model alice-w2.npz --data shards/test.npz",
+        ),
+        _step(
+            "flower-config",
+            "flower",
+            f"flower-config flower {server} --initial w0.safetensors --rounds 3",
+        ),
         _step(
             "simulate",
             "run",
@@ -159,6 +182,10 @@ def steps() -> list[Step]:
 
 
 SUFFIXES = ("safetensors", "npz")
+PARALLEL = (
+    *("keygen", "encrypt-grads", "aggregate", "release-model", "open-model"),
+    *("verify", "close-round", "audit", "simulate"),
+)
 
 
 def use_fixed_primes() -> None:
@@ -172,9 +199,7 @@ def use_fixed_primes() -> None:
 
 def command(words: tuple[str, ...]) -> list[str]:
     """The arguments of a command: quiet, and in one thread where it has a choice."""
-    parallel = words[0] not in ("inspect", "split-data", "init-model", "compute-grads", "evaluate")
-    parallel = parallel and words[0] != "reveal-masks"
-    return [*words, "--quiet", *(("--workers", "1") if parallel else ())]
+    return [*words, "--quiet", *(("--workers", "1") if words[0] in PARALLEL else ())]
 
 
 @dataclass(frozen=True)
