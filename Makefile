@@ -46,14 +46,16 @@ engines: $(VENV)/.test .links
 faults: $(VENV)/.test
 	$(BIN)/python -m tests.robustness.faults
 
-# Mutated files through every command; case N again: make fuzz SEED=1 CASE=N.
+# Mutated files through every command, guided by coverage where atheris can be installed;
+# again: make fuzz CASE=fuzz-failures/NAME.
 SECONDS ?= 60
 SEED ?= 1
-fuzz: $(VENV)/.test
-	SECONDS=$(SECONDS) SEED=$(SEED) CASE=$(CASE) $(BIN)/python -m tests.robustness.fuzzing
+fuzz: $(VENV)/.test .links
+	-$(BIN)/pip install -q --disable-pip-version-check -e '.[fuzz]'
+	SECONDS=$(SECONDS) SEED=$(SEED) CASE=$(CASE) $(BIN)/python -m tests.robustness.guided
 
 clean:
-	rm -rf $(VENV) .links .demo build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .links .demo fuzz-failures build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/bin/python:

@@ -6,6 +6,7 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
+from functools import cache
 from importlib.metadata import version
 from types import FrameType
 from typing import Annotated, Any
@@ -119,13 +120,17 @@ def root(
 _ClickError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
+@cache
+def _command() -> Any:
+    return typer.main.get_command(app)
+
+
 def run(arguments: list[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     terminal.set_up_warnings()
     try:
-        command = typer.main.get_command(app)
         spread = _spread(sys.argv[1:] if arguments is None else arguments) or ["--help"]
-        result = command.main(args=spread, prog_name="dtl", standalone_mode=False)
+        result = _command().main(args=spread, prog_name="dtl", standalone_mode=False)
     except typer.Exit as error:
         result = error.exit_code
     except typer.Abort:

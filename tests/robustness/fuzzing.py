@@ -30,13 +30,15 @@ from tests.robustness import mutations
 from tests.robustness.faults import hidden, new_place
 from tests.robustness.leaks import Needles
 from tests.robustness.mutations import Mutation
-from tests.robustness.scenario import EPOCH, NAMES, Scenario, Stage, Step, command, play
+from tests.robustness.scenario import EPOCH, Scenario, Stage, Step, command, play, printed_to
 
 MEMORY = 1 << 30  # bytes more than a child has when it starts
 TIME = 10  # seconds a case
 BATCH = 200  # cases a child
 FAILURES = range(2, 8)
 UNCHECKED = ("simulate", "inspect")  # made anew, or "not checked" by another job's file
+SWAP, UNCHANGED = "swap", "unchanged"
+SIGNED_SHARE = 0.4  # of the mutations of signed files
 SIGNED = (".upload", ".enc", ".release", ".close", ".reveal", "job.json")
 
 
@@ -48,6 +50,11 @@ class Target:
     words: tuple[str, ...]
     file: Path  # in the folder of the stage
 
+    @property
+    def inside(self) -> Path:
+        """The file, as seen from the folder."""
+        return self.file.relative_to(self.stage.folder)
+
 
 @dataclass(frozen=True)
 class Corpus:
@@ -57,6 +64,7 @@ class Corpus:
     other: Scenario
     targets: dict[str, list[Target]]  # by command
     needles: Needles
+    signing: dict[str, bytes]  # the signing secrets of the job, by party
 
     @classmethod
     def make(cls, folder: Path) -> "Corpus":
@@ -69,7 +77,10 @@ class Corpus:
                 targets.setdefault(words[0], []).append(Target(stage, words, file))
 
         seen = set()
-        end = Stage(len(job.stages), Step("end", (), ""), job.end)
+        last = Step("end", (), "")
+        ran = Stage(len(job.stages), last, job.end)
+        end = Stage(len(job.stages), last, folder / "end")
+        shutil.copytree(job.end, end.folder, ignore=shutil.ignore_patterns("run"))
         for stage in job.stages:
             add(stage, stage.step.words)
             for words in stage.step.accept:
@@ -82,13 +93,17 @@ class Corpus:
         resume = ("simulate", "--resume", "--rounds", "3", "--out", "run")
         for file in run:
             if file.suffix in (".json", ".jsonl", ".safetensors", ".npz", ".enc", ".release"):
-                targets.setdefault("resume", []).append(Target(end, resume, file))
-        return cls(job, other, targets, Needles.of_keys(job.end / "job"))
-
-    def secret(self, signer: str) -> bytes:
-        """The signing secret of a party of the job."""
-        keys = self.job.end / "job"
-        return Key.load(keys / f"{signer}.key", keys / "job.json", lambda: b"").secrets.sign
+                targets.setdefault("resume", []).append(Target(ran, resume, file))
+        keys = job.end / "job"
+        with printed_to(folder / "log"):
+            needles = Needles.of_keys(keys)
+            parties = {path.stem: path for path in keys.glob("*.key")}
+            opened = {
+                name: Key.load(path, keys / "job.json", lambda: b"")
+                for name, path in parties.items()
+            }
+        signing = {name: key.secrets.sign for name, key in opened.items()}
+        return cls(job, other, targets, needles, signing)
 
 
 def _inputs(words: Sequence[str], folder: Path) -> list[Path]:
@@ -101,78 +116,87 @@ def _inputs(words: Sequence[str], folder: Path) -> list[Path]:
     return [path for path in found if path.is_file()]
 
 
-def choose(corpus: Corpus, chance: random.Random) -> tuple[Target, str, bytes]:
-    """A target, the name of a mutation, and the mutated bytes."""
-    kinds = list(corpus.targets)
-    weights = [0.3 if kind in ("simulate", "resume") else 1.0 for kind in kinds]
+def mutate(corpus: Corpus, target: Target, chance: random.Random, data: bytes) -> tuple[str, bytes]:
+    """The name of a mutation that fits the target's file, and what it makes of `data`."""
     while True:
-        target = chance.choice(corpus.targets[chance.choices(kinds, weights)[0]])
-        data = target.file.read_bytes()
-        options: list[tuple[str, Mutation]] = [("swap", partial(_swapped, corpus, target))]
-        fitting = [*mutations.of_kind(target.file.name, data)] * 3
-        fitting += chance.sample(mutations.BYTES, 3)
-        options += [(mutation.__name__, mutation) for mutation in fitting]
-        if (signed := _signed(corpus, target.file)) is not None:
-            options += [("signed", signed)] * 4
-        name, mutate = chance.choice(options)
+        fitting = [*mutations.of_kind(target.file.name, data)] * 3 + [*mutations.BYTES]
+        options: list[tuple[str, Mutation]] = [(found.__name__, found) for found in fitting]
+        options.append((SWAP, partial(_swapped, corpus, target)))
+        name, change = chance.choice(options)
         with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError):
-            changed = mutate(chance, data)
-            if changed != data:
-                return target, name, changed
+            return name, change(chance, data)
 
 
 def _swapped(corpus: Corpus, target: Target, chance: random.Random, _: bytes) -> bytes:
     """Another file: of the other job under the same name, of the same kind, or any."""
-    inside = target.file.relative_to(target.stage.folder)
-    same = corpus.other.end / inside
+    same = corpus.other.end / target.inside
     alike = list(corpus.job.end.rglob(f"*{target.file.suffix}"))
     every = [path for path in corpus.job.end.rglob("*") if path.is_file()]
     choices = [chance.choice(alike or every), chance.choice(every)]
     return chance.choice([same, *choices] if same.is_file() else choices).read_bytes()
 
 
-def _signed(corpus: Corpus, file: Path) -> Mutation | None:
-    """How to mutate a file and sign it anew, where it is a signed one."""
-    name = file.name
+def signer(corpus: Corpus, file: Path) -> tuple[str, bytes] | None:
+    """The kind of a signed file, and the secret of its signer; None where it has none."""
     if "run" in file.parts:
         return None  # of the simulation's own job
-    signer = name.partition("-")[0].partition(".")[0]
-    if file.suffix == ".upload":
-        return mutations.signed_file(corpus.secret(signer))
-    if file.suffix in (".enc", ".release"):
-        return mutations.signed_file(corpus.secret("server"))
-    if file.suffix == ".close":
-        return mutations.signed_document("close", corpus.secret("server"))
-    if file.suffix == ".reveal" and signer in NAMES:
-        return mutations.signed_document("reveal", corpus.secret(signer))
-    is_job = name == "job.json"
-    return mutations.signed_document("job", corpus.secret("kgc")) if is_job else None
+    names = {"job.json": "kgc"} | dict.fromkeys((".enc", ".release", ".close"), "server")
+    owner = names.get(file.name) or names.get(file.suffix)
+    if owner is None and file.suffix in (".upload", ".reveal"):
+        owner = file.name.partition("-")[0].partition(".")[0]
+    kind = "job" if owner == "kgc" else file.suffix[1:]
+    return (kind, corpus.signing[owner]) if owner else None
 
 
+@dataclass(frozen=True)
 class Case:
-    """One mutated file, and a command that reads it."""
+    """One mutated file, and a command that reads it.
 
-    def __init__(self, corpus: Corpus, seed: int, number: int) -> None:
-        self.corpus = corpus
-        self.chance = random.Random(f"{seed}-{number}")  # noqa: S311
-        self.target, self.mutation, self.data = choose(corpus, self.chance)
-        self.name = (
-            f"case {number} of seed {seed}: {self.mutation} of "
-            f"{self.target.file.relative_to(self.target.stage.folder)}: "
-            f"dtl {' '.join(self.target.words)}"
-        )
+    `lies`: the file may carry a valid signature all the same, as it was signed anew, or is
+    another file.
+    """
+
+    corpus: Corpus
+    name: str
+    target: Target
+    mutation: str
+    data: bytes
+    lies: bool
+
+    @classmethod
+    def by_chance(cls, corpus: Corpus, seed: int, number: int) -> "Case":
+        """The case of that number: a target, a mutation and all that it does are drawn."""
+        chance = random.Random(f"{seed}-{number}")  # noqa: S311
+        kinds = list(corpus.targets)
+        weights = [0.3 if kind in ("simulate", "resume") else 1.0 for kind in kinds]
+        while True:
+            target = chance.choice(corpus.targets[chance.choices(kinds, weights)[0]])
+            data = target.file.read_bytes()
+            name, changed = mutate(corpus, target, chance, data)
+            sign = signer(corpus, target.file)
+            signed = sign is not None and name != SWAP and chance.random() < SIGNED_SHARE
+            if sign is not None and signed:
+                try:
+                    changed = mutations.sign_anew(*sign, changed)
+                except ValueError:
+                    continue
+            if changed != data:
+                words = " ".join(target.words)
+                named = f"case {number} of seed {seed}: {name} of {target.inside}: dtl {words}"
+                mutation = f"{name}, signed" if signed else name
+                return cls(corpus, named, target, mutation, changed, signed or name == SWAP)
 
     def run(self, folder: Path, log: Path) -> tuple[int, list[str]]:
-        """Run in this process; returns the exit code and what is wrong."""
+        """Run the command in this process; returns the exit code and what is wrong."""
         self.target.stage.copy(folder)
-        inside = self.target.file.relative_to(self.target.stage.folder)
-        (folder / inside).write_bytes(self.data)
+        (folder / self.target.inside).write_bytes(self.data)
         before = _contents(folder)
         start = time.monotonic()
         os.chdir(folder)
         signal.alarm(TIME + 2)
         try:
-            code: int | None = app.run(command(self.target.words))
+            with printed_to(log):
+                code: int | None = app.run(command(self.target.words))
         except BaseException as error:
             code, problems = None, [f"{type(error).__name__}: {str(error)[:200]}"]
         else:
@@ -180,18 +204,15 @@ class Case:
         signal.alarm(0)
         os.chdir("/")
         seconds = time.monotonic() - start
-        sys.stdout.flush()
-        sys.stderr.flush()
         if seconds > TIME:
             problems.append(f"took {seconds:.0f} s")
-        printed = log.read_text(errors="replace")
         if code is not None:
-            problems += self._judge(code, printed, before, folder)
+            problems += self._judge(code, log.read_text(errors="replace"), before, folder)
         return -1 if code is None else code, problems
 
     def _judge(self, code: int, printed: str, before: dict[Path, bytes], folder: Path) -> list[str]:
         problems = []
-        words, inside = self.target.words, self.target.file.relative_to(self.target.stage.folder)
+        words, inside = self.target.words, self.target.inside
         errors = sum(line.startswith("dtl: error: ") for line in printed.splitlines())
         if code and (code not in FAILURES or errors != 1):
             problems.append(f"exit code {code} with {errors} errors")
@@ -201,8 +222,12 @@ class Case:
             problems.append(f"printed {leaked}")
         if hidden(folder):
             problems.append(f"left {hidden(folder)}")
-        unsigned = self.mutation not in ("signed", "swap")
-        if not code and unsigned and inside.name.endswith(SIGNED) and words[0] not in UNCHECKED:
+        if (
+            not code
+            and not self.lies
+            and inside.name.endswith(SIGNED)
+            and words[0] not in UNCHECKED
+        ):
             problems.append("a changed signed file was accepted")
         after = _contents(folder)
         for path, data in before.items():
@@ -240,54 +265,65 @@ class Tally:
         """Nothing yet."""
         return cls(0, Counter(), Counter(), [])
 
+    def show(self) -> None:
+        """Print the figures, and what went wrong."""
+        for problem in self.problems:
+            sys.stdout.write(f"FAILED {problem}\n")
+        sys.stdout.write(f"exit codes: {dict(sorted(self.codes.items()))}\n")
+        sys.stdout.write(f"by kind: {dict(self.mutations.most_common())}\n")
+        mutated = self.cases - self.mutations[UNCHANGED]
+        sys.stdout.write(f"mutations: {mutated}, failures: {len(self.problems)}\n")
+
+    def add(self, report: Path) -> int:
+        """Count what a child reported; returns how many cases that were."""
+        lines = report.read_text().splitlines()
+        for text in lines:
+            code, mutation, *problems = text.split("\t")
+            self.cases += 1
+            self.codes[int(code)] += 1
+            self.mutations[mutation] += 1
+            self.problems += problems
+        return len(lines)
+
 
 def run_cases(corpus: Corpus, place: Path, seed: int, numbers: Sequence[int], tally: Tally) -> None:
     """Run cases in a forked child with little memory; what ends the child is a problem too."""
-    log, report = place / "log", place / "report"
+    report = place / "report"
     report.write_text("")
     child = os.fork()
     if not child:
         try:
-            _child(corpus, place / "case", log, report, seed, numbers)
+            prepare_child()
+            for number in numbers:
+                run_reported(Case.by_chance(corpus, seed, number), place)
         finally:
             os._exit(0)
     _, status = os.waitpid(child, 0)
-    lines = report.read_text().splitlines()
-    for text in lines:
-        _, code, mutation, *problems = text.split("\t")
+    done = tally.add(report)
+    if done < len(numbers):
         tally.cases += 1
-        tally.codes[int(code)] += 1
-        tally.mutations[mutation] += 1
-        tally.problems += problems
-    if len(lines) < len(numbers):
-        tally.cases += 1
-        dead = Case(corpus, seed, numbers[len(lines)]).name
+        dead = Case.by_chance(corpus, seed, numbers[done]).name
         tally.problems.append(f"{dead}: the process ended with {status}")
-        run_cases(corpus, place, seed, numbers[len(lines) + 1 :], tally)
+        run_cases(corpus, place, seed, numbers[done + 1 :], tally)
 
 
-def _child(
-    corpus: Corpus, folder: Path, log: Path, report: Path, seed: int, numbers: Sequence[int]
-) -> None:
+def prepare_child() -> None:
+    """Make this process, for good, one that runs cases: with little memory and little time."""
     os.environ |= {"DTL_DEBUG": "1", "SOURCE_DATE_EPOCH": str(EPOCH)}
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
     sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     signal.signal(signal.SIGALRM, _too_long)
-    with report.open("a", buffering=1) as out:
-        for number in numbers:
-            os.ftruncate(descriptor, 0)
-            case = Case(corpus, seed, number)
-            code, problems = case.run(folder, log)
-            texts = [
-                f"{case.name}: {problem}".replace("\t", " ").replace("\n", " ")
-                for problem in problems
-            ]
-            out.write("\t".join([str(number), str(code), case.mutation, *texts]) + "\n")
+
+
+def run_reported(case: Case, place: Path) -> list[str]:
+    """Run a case, and add it to `place`/report; returns what is wrong."""
+    code, problems = case.run(place / "case", place / "log")
+    texts = [f"{case.name}: {text}".replace("\t", " ").replace("\n", " ") for text in problems]
+    with (place / "report").open("a") as out:
+        out.write("\t".join([str(code), case.mutation, *texts]) + "\n")
+    return texts
 
 
 def _too_long(*_: object) -> None:
@@ -295,7 +331,7 @@ def _too_long(*_: object) -> None:
 
 
 def main() -> None:
-    """Mutate for so many seconds: `make fuzz SECONDS=600 SEED=1`; CASE=N runs one case again."""
+    """Mutate by chance for so many seconds; CASE=N runs one case again."""
     seconds, seed = float(os.environ.get("SECONDS", "60")), int(os.environ.get("SEED", "1"))
     place = new_place()
     try:
@@ -304,17 +340,11 @@ def main() -> None:
         if one := os.environ.get("CASE"):
             run_cases(corpus, place, seed, [int(one)], tally)
         while not one and time.monotonic() - start < seconds:
-            known = len(tally.problems)
             run_cases(corpus, place, seed, range(first, first + BATCH), tally)
             first += BATCH
-            for problem in tally.problems[known:]:
-                sys.stdout.write(f"FAILED {problem}\n")
-                sys.stdout.flush()
     finally:
         shutil.rmtree(place)
-    sys.stdout.write(f"exit codes: {dict(sorted(tally.codes.items()))}\n")
-    sys.stdout.write(f"by kind: {dict(tally.mutations.most_common())}\n")
-    sys.stdout.write(f"mutations: {tally.cases}, failures: {len(tally.problems)}\n")
+    tally.show()
     sys.exit(1 if tally.problems else 0)
 
 

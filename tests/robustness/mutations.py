@@ -293,40 +293,28 @@ def inner_header(chance: Random, data: bytes) -> bytes:
     return _join(_encode(spell(header)), body)
 
 
-# --- with a valid signature ------------------------------------------------------------------
+# --- under a valid signature -----------------------------------------------------------------
 
 
-def signed_file(secret: bytes) -> Mutation:
-    """A bulk file with another header or other tensors, signed anew."""
-
-    def mutate(chance: Random, data: bytes) -> bytes:
-        header, body = _split(data)
-        raw = header["__metadata__"]["dtl"]
-        tensors = {
-            name: (entry["shape"], body[slice(*entry["data_offsets"])])
-            for name, entry in header.items()
-            if name != "__metadata__"
-        }
-        kind = json.loads(raw)["kind"]
-        match chance.randrange(3):
-            case 0:
-                raw = mutate_json(chance, json.loads(raw))
-            case 1:
-                name = chance.choice(list(tensors))
-                tensors[name] = (tensors[name][0], _residues(chance, tensors[name][1]))
-            case _:
-                name = chance.choice(list(tensors))
-                shape, content = tensors[name]
-                tensors[name] = chance.choice(
-                    [([len(content)], content), (shape[::-1], content), ([0], b""), ([1], b"x")]
-                )
-        hashes = {name: hashlib.sha512(content).digest() for name, (_, content) in tensors.items()}
-        signature = primitives.sign(secret, kind, file_digest(_encode(raw), hashes))
-        ordered = [(name, "U8", tensors[name][0]) for name in sorted(tensors)]
-        outer = build_header({"dtl": raw, "signature": signature.hex()}, ordered)
-        return outer + b"".join(tensors[name][1] for name in sorted(tensors))
-
-    return mutate
+def tensor_bytes(chance: Random, data: bytes) -> bytes:
+    """A bulk file with one number of a tensor changed, or a tensor of another shape."""
+    header, body = _split(data)
+    name = chance.choice([name for name in header if name != "__metadata__"])
+    start, end = header[name]["data_offsets"]
+    shape, content = header[name]["shape"], body[start:end]
+    match chance.randrange(2):
+        case 0:
+            content = _residues(chance, content)
+        case _:
+            shape, content = chance.choice(
+                [([len(content)], content), (shape[::-1], content), ([0], b""), ([1], b"x")]
+            )
+    moved = len(content) - (end - start)
+    header[name] |= {"shape": shape, "data_offsets": [start, end + moved]}
+    for other, entry in header.items():
+        if other not in ("__metadata__", name) and entry["data_offsets"][0] >= end:
+            entry["data_offsets"] = [place + moved for place in entry["data_offsets"]]
+    return _join(_encode(spell(header)), body[:start] + content + body[end:])
 
 
 def _residues(chance: Random, data: bytes) -> bytes:
@@ -337,22 +325,34 @@ def _residues(chance: Random, data: bytes) -> bytes:
     return (data[:place] + number + data[place + width :])[: len(data)]
 
 
-def signed_document(kind: str, secret: bytes) -> Mutation:
-    """A signed JSON document with one thing changed, signed anew."""
+def sign_anew(kind: str, secret: bytes, data: bytes) -> bytes:
+    """A bulk file or a document with a valid signature; ValueError for what is neither."""
+    try:
+        return _sign_document(kind, secret, data) if data[:1] == b"{" else _sign_file(secret, data)
+    except ValueError:
+        raise
+    except Exception as error:
+        raise ValueError("cannot be signed") from error
 
-    def mutate(chance: Random, data: bytes) -> bytes:
-        plain = json.loads(data)
-        del plain["signature"]
-        changed = mutate_json(chance, plain)
-        try:
-            parsed = canonical_json.parse(_encode(changed), "")
-            digest = bytes.fromhex(signed_digest(kind, parsed))
-        except Exception as error:
-            raise ValueError("cannot be signed") from error
-        signature = primitives.encode_base64(primitives.sign(secret, kind, digest))
-        return canonical_json.dumps(parsed | {"signature": signature})
 
-    return mutate
+def _sign_file(secret: bytes, data: bytes) -> bytes:
+    header, body = _split(data)
+    raw = header.pop("__metadata__")["dtl"]
+    contents = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
+    hashes = {name: hashlib.sha512(content).digest() for name, content in contents.items()}
+    kind = json.loads(raw)["kind"]
+    signature = primitives.sign(secret, kind, file_digest(_encode(raw), hashes))
+    ordered = [(name, "U8", header[name]["shape"]) for name in sorted(header)]
+    outer = build_header({"dtl": raw, "signature": signature.hex()}, ordered)
+    return outer + b"".join(contents[name] for name in sorted(contents))
+
+
+def _sign_document(kind: str, secret: bytes, data: bytes) -> bytes:
+    plain = canonical_json.parse(data, "")
+    del plain["signature"]
+    digest = bytes.fromhex(signed_digest(kind, plain))
+    signature = primitives.encode_base64(primitives.sign(secret, kind, digest))
+    return canonical_json.dumps(plain | {"signature": signature})
 
 
 # --- npz -------------------------------------------------------------------------------------
@@ -485,5 +485,5 @@ def of_kind(name: str, data: bytes) -> tuple[Mutation, ...]:
     if data.startswith(b"{"):
         return (document,)
     if data[8:9] == b"{":
-        return length_field, outer_header, tensor_entry, inner_header
+        return length_field, outer_header, tensor_entry, inner_header, tensor_bytes
     return BYTES

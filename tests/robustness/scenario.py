@@ -8,7 +8,9 @@ the bare sum is released.
 import os
 import random
 import shutil
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
@@ -229,6 +231,24 @@ class Scenario:
         return next(stage for stage in self.stages if stage.step.name == name)
 
 
+@contextmanager
+def printed_to(log: Path) -> Iterator[None]:
+    """Send what is printed, by whatever way, to a file."""
+    kept = [os.dup(number) for number in (1, 2)]
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600)
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, copy in zip((1, 2), kept, strict=True):
+            os.dup2(copy, number)
+            os.close(copy)
+        os.close(descriptor)
+
+
 def play(folder: Path, until: str | None = None) -> Scenario:
     """Play the job in `folder`, up to the first command `until`, in this process.
 
@@ -246,11 +266,12 @@ def play(folder: Path, until: str | None = None) -> Scenario:
                 break
             stages.append(Stage(number, step, folder / f"{number:02}-{step.name}"))
             shutil.copytree(work, stages[-1].folder)
-            _must(step.words)
-            if not (Path.cwd() / step.output).exists():
-                raise AssertionError(f"{step.words}: no output")
-            for check in step.accept:
-                _must(check)
+            with printed_to(folder / "log"):
+                _must(step.words)
+                if not (work / step.output).exists():
+                    raise AssertionError(f"{step.words}: no output")
+                for check in step.accept:
+                    _must(check)
     finally:
         os.chdir(here)
     return Scenario(stages, work)
