@@ -36,7 +36,7 @@ def place() -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def corpus(place: Path) -> Corpus:
-    return Corpus.make(place / "corpus")
+    return Corpus(place / "corpus")
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import ast
 import contextlib
-import functools
 import struct
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import typer
 
 from dtl.core.crypto import primitives
 from dtl.core.errors import VerificationError
@@ -36,20 +34,6 @@ def content(folder: Path) -> dict[str, bytes]:
         for path in folder.rglob("*")
         if path.is_file()
     }
-
-
-@pytest.fixture(autouse=True)
-def one_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """typer builds all commands for every run; hundreds of runs here share them."""
-    monkeypatch.setattr(typer.main, "get_command", built)
-
-
-@functools.cache
-def built(commands_of: typer.Typer) -> object:
-    return get_command(commands_of)
-
-
-get_command = typer.main.get_command
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ signature.
 `make fuzz SECONDS=600 SEED=1` runs it; a case is named by the seed and its number.
 """
 
+import json
 import os
 import random
 import resource
@@ -18,7 +19,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,8 @@ from tests.robustness import mutations
 from tests.robustness.faults import hidden, new_place
 from tests.robustness.leaks import Needles
 from tests.robustness.mutations import Mutation
-from tests.robustness.scenario import EPOCH, Scenario, Stage, Step, command, play, printed_to
+from tests.robustness.scenario import EPOCH, Stage, Step, command, play, printed_to
+from tests.vectors import make
 
 MEMORY = 1 << 30  # bytes more than a child has when it starts
 TIME = 10  # seconds a case
@@ -49,61 +51,85 @@ class Target:
     stage: Stage
     words: tuple[str, ...]
     file: Path  # in the folder of the stage
+    signing: Mapping[str, bytes]  # the signing secrets of the stage's job, by party
 
     @property
     def inside(self) -> Path:
         """The file, as seen from the folder."""
         return self.file.relative_to(self.stage.folder)
 
+    def signer(self) -> tuple[str, bytes] | None:
+        """The kind of a signed file, and the secret of its signer; None where it has none."""
+        if "run" in self.inside.parts:
+            return None  # of the simulation's own job
+        names = {"job.json": "kgc"} | dict.fromkeys((".enc", ".release", ".close"), "server")
+        owner = names.get(self.file.name) or names.get(self.file.suffix)
+        if owner is None and self.file.suffix in (".upload", ".reveal"):
+            owner = self.file.name.partition("-")[0].partition(".")[0]
+        kind = "job" if owner == "kgc" else self.file.suffix[1:]
+        return (kind, self.signing[owner]) if owner else None
 
-@dataclass(frozen=True)
+
 class Corpus:
-    """What there is to mutate: a job, another job with the same names, and their keys."""
+    """What there is to mutate: a job, another with the same names, and the test vectors.
 
-    job: Scenario
-    other: Scenario
-    targets: dict[str, list[Target]]  # by command
-    needles: Needles
-    signing: dict[str, bytes]  # the signing secrets of the job, by party
+    `targets` has, by command, every file that it reads; `vectors` the faulty files of the
+    vectors.
+    """
 
-    @classmethod
-    def make(cls, folder: Path) -> "Corpus":
-        """Play two jobs; list every command with every file that it reads."""
-        job, other = play(folder / "job"), play(folder / "other", until="open-model")
-        targets: dict[str, list[Target]] = {}
+    def __init__(self, folder: Path) -> None:
+        self.job, self.other = play(folder / "job"), play(folder / "other", until="open-model")
+        self.targets: dict[str, list[Target]] = {}
+        self.vectors: list[tuple[Target, bytes]] = []
+        self.needles = Needles()
+        with printed_to(folder / "log"):
+            self._add_job(folder)
+            self._add_vectors(folder / "vectors")
 
-        def add(stage: Stage, words: tuple[str, ...]) -> None:
-            for file in _inputs(words, stage.folder):
-                targets.setdefault(words[0], []).append(Target(stage, words, file))
-
-        seen = set()
-        last = Step("end", (), "")
-        ran = Stage(len(job.stages), last, job.end)
-        end = Stage(len(job.stages), last, folder / "end")
-        shutil.copytree(job.end, end.folder, ignore=shutil.ignore_patterns("run"))
-        for stage in job.stages:
-            add(stage, stage.step.words)
+    def _add_job(self, folder: Path) -> None:
+        signing = self._keys(self.job.end / "job")
+        last, seen = Step("end", (), ""), set()
+        ran = Stage(len(self.job.stages), last, self.job.end)
+        end = Stage(len(self.job.stages), last, folder / "end")
+        shutil.copytree(self.job.end, end.folder, ignore=shutil.ignore_patterns("run"))
+        for stage in self.job.stages:
+            self._add(stage, stage.step.words, signing)
             for words in stage.step.accept:
                 if words not in seen and stage.step.name != "simulate":
                     seen.add(words)
-                    add(end, words)
+                    self._add(end, words, signing)
         for name in ("job/alice.key", "w0.safetensors", "alice-1.grads.npz", "round-1.close"):
-            add(end, ("inspect", name))
-        run = [path for path in (job.end / "run").rglob("*") if path.is_file()]
+            self._add(end, ("inspect", name), signing)
         resume = ("simulate", "--resume", "--rounds", "3", "--out", "run")
-        for file in run:
+        for file in (path for path in (ran.folder / "run").rglob("*") if path.is_file()):
             if file.suffix in (".json", ".jsonl", ".safetensors", ".npz", ".enc", ".release"):
-                targets.setdefault("resume", []).append(Target(ran, resume, file))
-        keys = job.end / "job"
-        with printed_to(folder / "log"):
-            needles = Needles.of_keys(keys)
-            parties = {path.stem: path for path in keys.glob("*.key")}
-            opened = {
-                name: Key.load(path, keys / "job.json", lambda: b"")
-                for name, path in parties.items()
-            }
-        signing = {name: key.secrets.sign for name, key in opened.items()}
-        return cls(job, other, targets, needles, signing)
+                self.targets.setdefault("resume", []).append(Target(ran, resume, file, signing))
+
+    def _add_vectors(self, scene: Path) -> None:
+        scene.mkdir()
+        make.write_files(scene, make.read("three-rounds.json")["files"])
+        stage, signing = Stage(0, Step("vectors", (), ""), scene), self._keys(scene / "job")
+        for path in sorted(make.HERE.glob("*ed/*.json")):
+            case = json.loads(path.read_text())
+            words, changes = tuple(case["command"]), case["files"]
+            if not changes and not case["exit"]:
+                self._add(stage, words, signing)
+            if len(changes) == 1 and isinstance(splice := next(iter(changes.values())), dict):
+                file = scene / next(iter(changes))
+                target = Target(stage, words, file, signing)
+                self.vectors.append((target, make.spliced(file.read_bytes(), splice)))
+
+    def _keys(self, folder: Path) -> dict[str, bytes]:
+        """Look for the secrets of a job from now on; returns the signing ones."""
+        self.needles.add_keys(folder)
+        names = [path.stem for path in folder.glob("*.key")]
+        job = folder / "job.json"
+        keys = {name: Key.load(folder / f"{name}.key", job, lambda: b"") for name in names}
+        return {name: key.secrets.sign for name, key in keys.items()}
+
+    def _add(self, stage: Stage, words: tuple[str, ...], signing: Mapping[str, bytes]) -> None:
+        for file in _inputs(words, stage.folder):
+            self.targets.setdefault(words[0], []).append(Target(stage, words, file, signing))
 
 
 def _inputs(words: Sequence[str], folder: Path) -> list[Path]:
@@ -136,18 +162,6 @@ def _swapped(corpus: Corpus, target: Target, chance: random.Random, _: bytes) ->
     return chance.choice([same, *choices] if same.is_file() else choices).read_bytes()
 
 
-def signer(corpus: Corpus, file: Path) -> tuple[str, bytes] | None:
-    """The kind of a signed file, and the secret of its signer; None where it has none."""
-    if "run" in file.parts:
-        return None  # of the simulation's own job
-    names = {"job.json": "kgc"} | dict.fromkeys((".enc", ".release", ".close"), "server")
-    owner = names.get(file.name) or names.get(file.suffix)
-    if owner is None and file.suffix in (".upload", ".reveal"):
-        owner = file.name.partition("-")[0].partition(".")[0]
-    kind = "job" if owner == "kgc" else file.suffix[1:]
-    return (kind, corpus.signing[owner]) if owner else None
-
-
 @dataclass(frozen=True)
 class Case:
     """One mutated file, and a command that reads it.
@@ -173,7 +187,7 @@ class Case:
             target = chance.choice(corpus.targets[chance.choices(kinds, weights)[0]])
             data = target.file.read_bytes()
             name, changed = mutate(corpus, target, chance, data)
-            sign = signer(corpus, target.file)
+            sign = target.signer()
             signed = sign is not None and name != SWAP and chance.random() < SIGNED_SHARE
             if sign is not None and signed:
                 try:
@@ -335,7 +349,7 @@ def main() -> None:
     seconds, seed = float(os.environ.get("SECONDS", "60")), int(os.environ.get("SEED", "1"))
     place = new_place()
     try:
-        corpus = Corpus.make(place)
+        corpus = Corpus(place)
         tally, first, start = Tally.empty(), 0, time.monotonic()
         if one := os.environ.get("CASE"):
             run_cases(corpus, place, seed, [int(one)], tally)

@@ -1,9 +1,10 @@
 """Fuzzing guided by coverage: atheris keeps every file that reaches new code of dtl.
 
 An input of the fuzzer is the number of a target (two bytes), a byte of flags, and the bytes of
-the target's file. The seeds are the files of the job, for every command that reads them; an
-input is changed by the mutations that know its format, and signed anew, if its flag says so,
-just before a command reads it. Where atheris cannot be installed, files are mutated by chance.
+the target's file. The seeds are the files of a job, for every command that reads them, and the
+test vectors. An input is changed by the mutations that know its format, and signed anew, if its
+flag says so, just before a command reads it. Where atheris cannot be installed, files are
+mutated by chance.
 
 `make fuzz SECONDS=600 SEED=1` runs it; CASE=FILE runs one kept input again.
 """
@@ -39,14 +40,16 @@ class Guided:
     def __init__(self, corpus: Corpus, place: Path) -> None:
         self._corpus, self._place = corpus, place
         self._targets = [target for kind in corpus.targets.values() for target in kind]
+        self._targets += [target for target, _ in corpus.vectors]
 
     def seeds(self, folder: Path) -> None:
-        """Write an input for every target, as it is, and one to be signed anew."""
+        """Write an input for every target as it is, to be signed anew or not, and the vectors."""
         folder.mkdir()
-        for number, target in enumerate(self._targets):
-            for flags in (0, SIGN) if fuzzing.signer(self._corpus, target.file) else (0,):
-                head = bytes([*number.to_bytes(2, "big"), flags])
-                (folder / f"{number}-{flags}").write_bytes(head + target.file.read_bytes())
+        good = [(target, target.file.read_bytes()) for target in self._targets]
+        for count, (target, content) in enumerate(good + self._corpus.vectors):
+            for flags in (0, SIGN) if target.signer() else (0,):
+                head = self._targets.index(target).to_bytes(2, "big") + bytes([flags])
+                (folder / f"{count}-{flags}").write_bytes(head + content)
 
     def _target(self, data: bytes) -> Target:
         return self._targets[int.from_bytes(data[:2], "big") % len(self._targets)]
@@ -69,7 +72,7 @@ class Guided:
         """What an input stands for."""
         target, flags, content = self._target(data), data[2], data[HEAD:]
         signed = False
-        signer = fuzzing.signer(self._corpus, target.file)
+        signer = target.signer()
         if flags & SIGN and signer:
             with suppress(ValueError):
                 content = mutations.sign_anew(*signer, content)
@@ -98,6 +101,7 @@ def _fuzz(guided: Guided, place: Path, seconds: int, seed: int) -> None:
         "seed": seed,
         "max_len": MAX_BYTES,
         "reduce_inputs": 0,
+        "reload": 0,
         "verbosity": 0,
         "rss_limit_mb": 0,  # RLIMIT_AS is set
         "artifact_prefix": f"{KEPT}/",
@@ -123,7 +127,7 @@ def main() -> None:
     place = new_place()
     KEPT.mkdir(exist_ok=True)
     try:
-        guided = Guided(Corpus.make(place), place)
+        guided = Guided(Corpus(place), place)
         guided.seeds(place / "seeds")
         (place / "report").write_text("")
         tally = Tally.empty()

@@ -19,19 +19,23 @@ class Needles:
 
     @classmethod
     def of_keys(cls, folder: Path) -> "Needles":
-        """All that is secret in the key files of a job, and the halves that follow from it."""
+        """The secrets of a job: see `add_keys`."""
         found = cls()
+        found.add_keys(folder)
+        return found
+
+    def add_keys(self, folder: Path) -> None:
+        """Add all that is secret in the key files of a job, and the halves that follow from it."""
         for path in sorted(folder.glob("*.key")):
             key = Key.load(path, folder / "job.json", lambda: b"")
             for name, value in _values(key.secrets.plain(), path.stem):
-                found.add(name, value)
+                self.add(name, value)
             if isinstance(key.secrets, ServerSecrets | ParticipantSecrets):
                 for number, half in enumerate(key.half, 1):
-                    found.add(f"half {number} of {path.stem}", half)
+                    self.add(f"half {number} of {path.stem}", half)
             if isinstance(key.secrets, KgcSecrets):
-                found.add("p", key.secrets.p)
-                found.add("q", key.secrets.q)
-        return found
+                self.add("p", key.secrets.p)
+                self.add("q", key.secrets.q)
 
     def add(self, name: str, value: bytes | int) -> None:
         """Add a secret in raw bytes of both orders, hex, decimal and base64."""

@@ -50,9 +50,13 @@ def write_files(folder: Path, files: Mapping[str, Any]) -> None:
         if isinstance(given, str):
             path.write_bytes(base64.b64decode(given))
         else:
-            good, at = path.read_bytes(), given["at"]
-            put = base64.b64decode(given["put"])
-            path.write_bytes(good[:at] + put + good[at + given["cut"] :])
+            path.write_bytes(spliced(path.read_bytes(), given))
+
+
+def spliced(good: bytes, splice: Mapping[str, Any]) -> bytes:
+    """A file of which `cut` bytes at byte `at` gave way to `put`."""
+    at, put = splice["at"], base64.b64decode(splice["put"])
+    return good[:at] + put + good[at + splice["cut"] :]
 
 
 def splice(good: bytes, bad: bytes) -> dict[str, Any]:
