@@ -219,6 +219,7 @@ def test_a_clock_that_goes_backwards(epoch: str, job: Scenario, place: Path) -> 
 # --- secrets ---------------------------------------------------------------------------------
 
 PUBLIC = (".upload", ".enc", ".release", ".close", ".reveal", "job.json", "w0.safetensors")
+FLOWER = ("pyproject.toml", "config.toml")
 RUN = ("simulation.json", "round.json", "report.json", "report.html", "commands.sh")
 
 
@@ -244,7 +245,7 @@ def test_nothing_secret_is_ever_readable_by_others(job: Scenario, place: Path) -
         assert created
         for _, mode, path in created:
             name = path.rpartition("/")[2].strip(".").rsplit(".", 2)[0]
-            if not name.endswith((*PUBLIC, *RUN)):
+            if not name.endswith((*PUBLIC, *RUN, *FLOWER)):
                 assert mode == "600", f"{stage.step.words}: {path}"
     simulated = [p for p in (place / "case" / "run").rglob("*") if p.is_file()]
     assert simulated
