@@ -149,7 +149,7 @@ def mutate(corpus: Corpus, target: Target, chance: random.Random, data: bytes) -
         options: list[tuple[str, Mutation]] = [(found.__name__, found) for found in fitting]
         options.append((SWAP, partial(_swapped, corpus, target)))
         name, change = chance.choice(options)
-        with suppress(ValueError, IndexError, KeyError, TypeError, OverflowError, AttributeError):
+        with suppress(Exception):  # it does not fit this file, or one that was mutated before
             return name, change(chance, data)
 
 
@@ -187,13 +187,10 @@ class Case:
             target = chance.choice(corpus.targets[chance.choices(kinds, weights)[0]])
             data = target.file.read_bytes()
             name, changed = mutate(corpus, target, chance, data)
-            sign = target.signer()
-            signed = sign is not None and name != SWAP and chance.random() < SIGNED_SHARE
-            if sign is not None and signed:
-                try:
-                    changed = mutations.sign_anew(*sign, changed)
-                except ValueError:
-                    continue
+            sign, signed = target.signer(), False
+            if sign is not None and name != SWAP and chance.random() < SIGNED_SHARE:
+                with suppress(Exception):  # what cannot be signed stays as it is
+                    changed, signed = mutations.sign_anew(*sign, changed), True
             if changed != data:
                 words = " ".join(target.words)
                 named = f"case {number} of seed {seed}: {name} of {target.inside}: dtl {words}"

@@ -14,6 +14,7 @@ import os
 import random
 import shutil
 import sys
+import traceback
 from contextlib import suppress
 from pathlib import Path
 
@@ -61,7 +62,7 @@ class Guided:
         flags = data[HEAD - 1] if len(data) >= HEAD else 0
         for _ in range(chance.choice((1, 1, 1, 2, 4))):
             if chance.random() < 0.1 or not content:
-                with suppress(ValueError):  # no room
+                with suppress(Exception):  # no room
                     content = atheris.Mutate(content, max(1, max_size - HEAD))
                 continue
             name, content = fuzzing.mutate(self._corpus, target, chance, content)
@@ -74,7 +75,7 @@ class Guided:
         signed = False
         signer = target.signer()
         if flags & SIGN and signer:
-            with suppress(ValueError):
+            with suppress(Exception):  # what cannot be signed stays as it is
                 content = mutations.sign_anew(*signer, content)
                 signed = True
         same = content == target.file.read_bytes()
@@ -139,8 +140,11 @@ def main() -> None:
                     guided.run(Path(case).read_bytes())
                 else:
                     _fuzz(guided, place, seconds, seed)
-            finally:
-                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+                os._exit(1)
+            os._exit(0)
         _, status = os.waitpid(child, 0)
         tally.add(place / "report")
         if status:
