@@ -314,6 +314,11 @@ def test_a_torn_line_is_cut_and_a_changed_one_is_not(new_round: NewRound) -> Non
     for cut in (last + 1, (last + len(whole)) // 2, len(whole) - 2):
         path.write_bytes(whole[:cut])
         round_.upload("alice", random_arrays(1), "--round", 2, out=f"{cut}.upload")
+    for cut in (20, whole.find(b"\n") - 1):  # the head came with the key: never torn
+        path.write_bytes(whole[:cut])
+        assert app.run(command) == 4
+        assert app.run(["inspect", str(path)]) == 4
+        assert path.read_bytes() == whole[:cut]
 
 
 def test_workers_end_with_a_killed_command(new_round: NewRound) -> None:

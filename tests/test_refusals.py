@@ -510,6 +510,7 @@ def test_outputs_are_not_overwritten_without_force(full: Round, dtl: Cli) -> Non
         ("--participants", "../a,b,c"),
         ("--participants", "a,,c"),
         ("--participants", "a,b"),
+        ("--participants", ",".join(f"p{number}" for number in range(4097))),
         ("--participants", "a,b,c", "--min-contributors", 4),
         ("--participants", "a,b,c", "--min-contributors", 1),
         ("--participants", "a,b,c", "--modulus-bits", 512),

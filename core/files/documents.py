@@ -43,6 +43,7 @@ logger = logging.getLogger("dtl")
 SERVER: Final = "server"
 KGC: Final = "kgc"
 MAX_DOCUMENT_BYTES = 16 << 20
+MAX_PARTICIPANTS = 4096  # so that all documents of a job stay below that
 MAX_PASSPHRASE_BYTES = 4096
 
 HpkePublic = Annotated[
@@ -84,7 +85,7 @@ class Job(Document):
     masks: bool
     kem: Literal["ML-KEM-768+X25519"]
     server: SigningParty
-    participants: Items[Participant]
+    participants: Annotated[Items[Participant], Field(max_length=MAX_PARTICIPANTS)]
     kgc: SigningParty
     signature: Signature
 

@@ -152,7 +152,7 @@ def _read_lines(data: bytes, what: str) -> tuple[list[Document], str, int]:
     for number, line in enumerate(data.split(b"\n"), 1):
         place = f"{what}: line {number}"
         last = size + len(line) == len(data)  # what stands behind the last line end
-        if last and (not line or _is_torn(line)):
+        if last and entries and (not line or _is_torn(line)):  # the head is never torn
             break
         try:
             plain = canonical_json.loads(line, place)

@@ -49,8 +49,10 @@ class JobOptions:
     def check(self) -> None:
         """Raise UsageError for parameters that cannot work together."""
         names = list(self.participants)
-        if not names:
-            raise UsageError("no participants named")
+        if not 0 < len(names) <= documents.MAX_PARTICIPANTS:
+            raise UsageError(
+                f"participants: expected 1 to {documents.MAX_PARTICIPANTS}, found {len(names)}"
+            )
         for name in names:
             if not documents.valid_name(name) or name in (SERVER, KGC):
                 raise UsageError(

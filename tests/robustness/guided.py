@@ -91,6 +91,7 @@ class Guided:
             return
         name = hashlib.sha256(data).hexdigest()[:16]
         if fuzzing.run_reported(self.case(data, f"{KEPT / name}"), self._place):
+            KEPT.mkdir(exist_ok=True)
             (KEPT / name).write_bytes(data)
 
 

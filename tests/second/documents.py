@@ -91,6 +91,7 @@ def read_job(path: Path) -> Job:
     require(body["kem"] == "ML-KEM-768+X25519", 3, "another KEM")
     require(isinstance(body["h"], list) and len(body["h"]) == 7, 3, "not seven h")
     require(isinstance(body["participants"], list), 3, "no participants")
+    require(len(body["participants"]) <= 4096, 3, "too many participants")
     people = [exactly(entry, "name sign hpke") for entry in body["participants"]]
     roster = names([entry["name"] for entry in people])
     require(not {"server", "kgc"} & set(roster), 3, "a name that is taken")
