@@ -27,7 +27,7 @@ else:  # before dtl is imported for the first time
 
 from tests.robustness import fuzzing, mutations
 from tests.robustness.faults import new_place
-from tests.robustness.fuzzing import Case, Corpus, Tally, Target
+from tests.robustness.fuzzing import SIGNED_SHARE, Case, Corpus, Tally, Target
 
 HEAD = 3  # bytes before the file's
 SIGN, SWAPPED = 1, 2  # flags
@@ -60,6 +60,7 @@ class Guided:
         chance = random.Random(seed)  # noqa: S311
         target, head, content = self._target(data), data[: HEAD - 1], data[HEAD:]
         flags = data[HEAD - 1] if len(data) >= HEAD else 0
+        flags = flags | SIGN if chance.random() < SIGNED_SHARE else flags & ~SIGN
         for _ in range(chance.choice((1, 1, 1, 2, 4))):
             if chance.random() < 0.1 or not content:
                 with suppress(Exception):  # no room
