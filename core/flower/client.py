@@ -20,7 +20,7 @@ def _answer(message: Message, context: Context, step: Callable[[Node, int], byte
         node = Node.load(context.node_config, context.run_config)
         number = int(payload.word(message.content, "round"))
         content = payload.pack(step(node, number), name=node.key.name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's function may do anything
         told = error.message if isinstance(error, DtlError) else type(error).__name__
         logger.error("dtl: %s", told)
         content = payload.pack_error(error)
