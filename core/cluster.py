@@ -100,6 +100,11 @@ class Cluster:
                 f"{self.address}: several workers died of one task",
                 "perhaps they ran out of memory: give each fewer threads",
             ) from None
+        except UsageError as error:  # a file that is here, and not there
+            raise DtlError(
+                f"{self.address}: on a worker: {error.message}",
+                "workers read the same files under the same names: they need a shared file system",
+            ) from None
         except (FutureCancelledError, OSError):
             raise DtlError(f"{self.address}: the scheduler does not answer any more") from None
 

@@ -17,7 +17,7 @@ import pytest
 
 from dtl.core.cluster import Cluster, connect
 from dtl.core.errors import DtlError, UsageError
-from dtl.core.files.container import RESIDUES, Container
+from dtl.core.files.container import RESIDUES, Container, Rows
 from dtl.core.parallel import Work
 from dtl.core.roles import server
 from tests.helpers import Arrays, Cli, Round, random_arrays
@@ -148,6 +148,10 @@ def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
         data[-1] ^= 1
         broken.write_bytes(data)
         round_.dtl("verify", broken, *job, *dask, code=4)
+        with connect(address, False) as cluster:
+            lost = cluster.submit(Rows(Path("/only-here/x"), 0, 1, ()).read, (0, 1))
+            with pytest.raises(DtlError, match="on a worker: /only-here/x: no such file"):
+                lost()
     with Container(uploads[0]) as container:
         assert container.tensors[RESIDUES].shape[0] > 1
 
