@@ -7,6 +7,7 @@ import typer
 
 from dtl.cli.options import JobOption, JsonOption, KeyOption, Output, PassphraseOption, QuietOption
 from dtl.core import defaults
+from dtl.core.errors import UsageError
 
 EXAMPLE = """Example:
 
@@ -43,6 +44,14 @@ def flower_config(
             help="Only nodes registered under a participant's name: with --enable-supernode-auth.",
         ),
     ] = False,
+    by_hand: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Who has no node: the server waits for the files that they lay into its folder.",
+            show_default=False,
+        ),
+    ] = None,
     round_timeout: Annotated[
         float, typer.Option(help="Seconds to wait for the answers of a step.")
     ] = defaults.ROUND_SECONDS,
@@ -68,6 +77,10 @@ def flower_config(
 
     opened = options.open_key(key, job, passphrase_file)
     opened.require("server")
+    manual = options.names(by_hand, "--by-hand") if by_hand is not None else []
+    unknown = sorted(set(manual) - set(opened.job.names))
+    if unknown:
+        raise UsageError(f"--by-hand: not in this job's roster: {', '.join(unknown)}")
     settings: dict[str, config.Value | None] = {
         "key": str(key.absolute()),
         "job": str(options.job_path(job, key).absolute()),
@@ -76,6 +89,7 @@ def flower_config(
         "initial": str(initial.absolute()),
         "rounds": rounds,
         "registered-only": registered_only,
+        "by-hand": ",".join(manual) if manual else None,
         "round-timeout": round_timeout,
         "start-timeout": start_timeout,
         "local-epochs": local_epochs,

@@ -5,12 +5,17 @@ fails outside of its function, and copies arrays to workers whose death then los
 task reads, it reads from a shared file system.
 """
 
+import logging
 import pickle
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
+from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any, TypeVar
 
 from dtl.core.errors import DtlError, UsageError
@@ -18,8 +23,12 @@ from dtl.core.errors import DtlError, UsageError
 Result = TypeVar("Result")
 
 CONNECT_SECONDS = 20
-ANSWER_SECONDS = 600  # a task takes about a second; longer than this, and no worker is left
+ANSWER_SECONDS = 600  # a task takes about a second
+LOOK_SECONDS = 10  # after so long without an answer, see whether there are workers at all
+_ADDRESS = re.compile(r"(tcp|tls)://[^/\s]+:[0-9]{1,5}")
 _ENCRYPTED = "tls://"
+_SAFE = (_ENCRYPTED, "tcp://127.0.0.1:")  # where secrets may go
+_CERTIFICATES = "Dask reads its certificates from DASK_DISTRIBUTED__COMM__TLS__... variables"
 
 
 @dataclass(frozen=True)
@@ -71,50 +80,113 @@ class Cluster:
         return lambda: self._result(future)
 
     def _result(self, future: Any) -> Any:
-        from distributed import KilledWorker, TimeoutError  # noqa: PLC0415  (an extra)
+        from distributed import KilledWorker  # noqa: PLC0415  (an extra)
         from distributed.client import FutureCancelledError  # noqa: PLC0415
 
+        deadline = time.monotonic() + ANSWER_SECONDS
         try:
-            return future.result(timeout=ANSWER_SECONDS)
+            while True:
+                try:
+                    return future.result(timeout=LOOK_SECONDS)
+                except TimeoutError:
+                    # One that died may be on its way back: Dask starts it again.
+                    self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
+                    if time.monotonic() > deadline:
+                        raise
         except TimeoutError:
             raise DtlError(f"{self.address}: no worker answers any more") from None
-        except (KilledWorker, FutureCancelledError):
+        except KilledWorker:
             raise DtlError(
-                f"{self.address}: several workers died of one task, or the scheduler did",
+                f"{self.address}: several workers died of one task",
                 "perhaps they ran out of memory: give each fewer threads",
             ) from None
+        except UsageError as error:  # a file that is here, and not there
+            raise DtlError(
+                f"{self.address}: on a worker: {error.message}",
+                "workers read the same files under the same names: they need a shared file system",
+            ) from None
+        except (FutureCancelledError, OSError):
+            raise DtlError(f"{self.address}: the scheduler does not answer any more") from None
 
 
 @contextmanager
 def connect(address: str, secrets: bool) -> Iterator[Cluster]:
     """Connect to the scheduler at `address` (tcp://HOST:PORT, tls://HOST:PORT), and check it.
 
-    Raises UsageError without the extra, and for secrets where they would be in clear on a
-    network or on a disk; DtlError when nobody answers, or another dtl or Python does.
+    Raises UsageError without the extra, for another kind of address, and for secrets where
+    they would be in clear on a network or on a disk; DtlError when nobody answers, or another
+    dtl or Python does.
     """
-    if secrets and not address.startswith((_ENCRYPTED, "tcp://127.0.0.1:")):
-        raise UsageError(
-            f"{address}: secrets go to other machines by tls:// only",
-            "Dask reads its certificates from DASK_DISTRIBUTED__COMM__TLS__... variables",
-        )
+    if not _ADDRESS.fullmatch(address):
+        raise UsageError(f"{address}: expected tcp://HOST:PORT or tls://HOST:PORT")
+    if secrets:
+        _check_safe(address, address)
     try:
         from distributed import Client  # noqa: PLC0415  (an extra)
     except ImportError:
         raise UsageError(
             "--backend dask: Dask is not installed", "pip install 'dtl-toolkit[dask]'"
         ) from None
-    try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, ValueError):
-        raise DtlError(f"{address}: no Dask scheduler answers there") from None
-    with client:
+    for name in ("distributed", "distributed.client"):  # dtl itself says what fails, once
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    if address.startswith(_ENCRYPTED):
+        _check_certificates(address)
+    with _begin(Client, address) as client:
         _check(client, address)
-        if secrets and any(client.run(_spills).values()):
-            raise UsageError(
-                f"{address}: secrets go only to workers that never write memory to disk",
-                "start them with DASK_DISTRIBUTED__WORKER__MEMORY__SPILL=False",
-            )
+        if secrets:
+            for place in (client.scheduler_info()["address"], *client.nthreads()):
+                _check_safe(address, place)
+            if any(client.run(_spills).values()):
+                raise UsageError(
+                    f"{address}: secrets go only to workers that never write memory to disk",
+                    "start them with DASK_DISTRIBUTED__WORKER__MEMORY__SPILL=False",
+                )
         yield Cluster(address, secrets, client)
+
+
+def _begin(client: Callable[..., Any], address: str) -> Any:
+    """A client of the scheduler at `address`; DtlError when none answers.
+
+    In a thread, because Dask waits for ever where something else than a scheduler listens.
+    """
+    begun: SimpleQueue[Any] = SimpleQueue()
+
+    def begin() -> None:
+        try:
+            begun.put(client(address, timeout=CONNECT_SECONDS, set_as_default=False))
+        except Exception:
+            begun.put(None)
+
+    Thread(target=begin, daemon=True).start()
+    try:
+        found = begun.get(timeout=2 * CONNECT_SECONDS)
+    except Empty:
+        found = None
+    if found is None:
+        raise DtlError(f"{address}: no Dask scheduler answers there")
+    return found
+
+
+def _check_safe(address: str, place: str) -> None:
+    """Raise UsageError where secrets would be in clear on a network: a scheduler, a worker."""
+    if not place.startswith(_SAFE):
+        where = "" if place == address else f"{place}: "
+        raise UsageError(
+            f"{address}: {where}secrets go to other machines by tls:// only", _CERTIFICATES
+        )
+
+
+def _check_certificates(address: str) -> None:
+    """Raise UsageError unless Dask's configuration names certificates that can be read."""
+    from distributed.security import Security  # noqa: PLC0415  (an extra)
+
+    try:
+        found = Security().get_connection_args("client")["ssl_context"]
+    except (OSError, ValueError) as error:  # OSError: also what ssl finds wrong with them
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise UsageError(f"{address}: Dask's certificates: {reason}", _CERTIFICATES) from None
+    if found is None:
+        raise UsageError(f"{address}: Dask's certificates are not configured", _CERTIFICATES)
 
 
 def _check(client: Any, address: str) -> None:

@@ -4,9 +4,7 @@ Twenty uploads on a cluster whose worker is killed; ten rounds of five nodes of 
 away for three; nodes that authenticate themselves. Some minutes.
 """
 
-import datetime
 import fcntl
-import ipaddress
 import logging
 import os
 import shutil
@@ -23,8 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.numpy import load_file, save_file
 
@@ -34,7 +31,7 @@ from dtl.core.files.documents import Key
 from dtl.core.parallel import Work
 from dtl.core.roles import key_center, server
 from tests.helpers import PRIMES
-from tests.network import DTL, LOOPBACK, Network
+from tests.network import DTL, Network, make_certificate
 from tests.test_cluster import cluster_of
 
 FIVE = ("a", "b", "c", "d", "e")
@@ -242,32 +239,6 @@ def make_node_key(folder: Path, name: str) -> None:
         serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH
     )
     (folder / f"{name}.pub").write_bytes(public)
-
-
-def make_certificate(folder: Path) -> None:
-    key = ec.generate_private_key(ec.SECP384R1())
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "dtl test")])
-    now = datetime.datetime.now(datetime.UTC)
-    hosts = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - datetime.timedelta(hours=1))
-        .not_valid_after(now + datetime.timedelta(days=1))
-        .add_extension(hosts, critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA384())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    (folder / "link.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
-    (folder / "link.key").write_bytes(private)
 
 
 PARTS = {part.__name__: part for part in (twenty_uploads, ten_rounds, authentication)}

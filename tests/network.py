@@ -1,5 +1,7 @@
 """A SuperLink and SuperNodes of Flower as real processes on loopback."""
 
+import datetime
+import ipaddress
 import os
 import signal
 import socket
@@ -7,6 +9,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
 
 DTL = str(Path(sys.executable).with_name("dtl"))
 LOOPBACK = "127.0.0.1"
@@ -88,3 +94,30 @@ class Network:
     def close(self) -> None:
         for name in list(self.processes):
             self.kill(name)
+
+
+def make_certificate(folder: Path) -> None:
+    """One that vouches for itself: link.pem, link.key."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "dtl test")])
+    now = datetime.datetime.now(datetime.UTC)
+    hosts = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(LOOPBACK))])
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(hours=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(hosts, critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA384())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    (folder / "link.pem").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    (folder / "link.key").write_bytes(private)

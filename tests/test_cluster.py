@@ -1,22 +1,27 @@
 """Heavy work on a Dask cluster: real processes on loopback, and the same bytes."""
 
+import contextlib
+import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from dtl.core.cluster import Cluster, connect
 from dtl.core.errors import DtlError, UsageError
-from dtl.core.files.container import RESIDUES, Container
+from dtl.core.files.container import RESIDUES, Container, Rows
 from dtl.core.parallel import Work
 from dtl.core.roles import server
 from tests.helpers import Arrays, Cli, Round, random_arrays
+from tests.network import make_certificate
 
 NewRound = Callable[..., Round]
 LOOPBACK = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
@@ -24,9 +29,26 @@ SECONDS = 60
 
 
 def start(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "dask", *arguments, *LOOPBACK]
+    tls = ("--protocol", "tls") if set(settings) & set(certificates(folder)) else ()
+    command = [sys.executable, "-m", "dask", *arguments, *LOOPBACK, *tls]
     log = (folder / f"{arguments[0]}.log").open("ab")
     return subprocess.Popen(command, env=os.environ | settings, stdout=log, stderr=log, cwd="/")
+
+
+def certificates(folder: Path) -> dict[str, str]:
+    """What Dask documents for TLS, as variables."""
+    pair = {"CERT": f"{folder}/link.pem", "KEY": f"{folder}/link.key"}
+    roles = ("SCHEDULER", "WORKER", "CLIENT")
+    names = {f"{role}__{part}": path for role in roles for part, path in pair.items()}
+    names["CA_FILE"] = f"{folder}/link.pem"
+    return {f"DASK_DISTRIBUTED__COMM__TLS__{name}": path for name, path in names.items()}
+
+
+def configured(settings: dict[str, str]) -> Any:
+    """The same settings in this process."""
+    dask = pytest.importorskip("dask")
+    names = (name.removeprefix("DASK_").lower().replace("__", ".") for name in settings)
+    return dask.config.set(dict(zip(names, settings.values(), strict=True)))
 
 
 @contextmanager
@@ -38,7 +60,7 @@ def cluster_of(folder: Path, **settings: str) -> Iterator[tuple[str, list[int]]]
 
     place = folder / "scheduler.json"
     named = ("--scheduler-file", str(place))
-    processes = [start(folder, "scheduler", "--port", "0", *named)]
+    processes = [start(folder, "scheduler", "--port", "0", *named, **settings)]
     try:
         worker = ("worker", *named, "--nthreads", "1", "--no-nanny", "--local-directory")
         processes += [start(folder, *worker, str(folder), **settings) for _ in range(2)]
@@ -126,6 +148,10 @@ def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
         data[-1] ^= 1
         broken.write_bytes(data)
         round_.dtl("verify", broken, *job, *dask, code=4)
+        with connect(address, False) as cluster:
+            lost = cluster.submit(Rows(Path("/only-here/x"), 0, 1, ()).read, (0, 1))
+            with pytest.raises(DtlError, match="on a worker: /only-here/x: no such file"):
+                lost()
     with Container(uploads[0]) as container:
         assert container.tensors[RESIDUES].shape[0] > 1
 
@@ -137,6 +163,104 @@ def test_secrets_go_to_no_worker_that_may_write_them_to_disk(tmp_path: Path) -> 
         connect(address, secrets=True),
     ):
         pass
+
+
+def test_secrets_go_by_tls_with_the_certificates_that_dask_is_configured_with(
+    new_round: NewRound, tmp_path: Path
+) -> None:
+    pytest.importorskip("dask")
+    make_certificate(tmp_path)
+    round_ = new_round(masks=True)
+    given = {name: many_values(i) for i, name in enumerate(round_.names)}
+    settings = certificates(tmp_path)
+    no_spill = {"DASK_DISTRIBUTED__WORKER__MEMORY__SPILL": "False"}
+    with configured(settings), cluster_of(tmp_path, **settings, **no_spill) as (address, _):
+        assert address.startswith("tls://")
+        to = ("--backend", "dask", "--cluster", address)
+        uploads = round_.uploads(given, *to, "--secrets-to-workers")
+        again = round_.aggregate(uploads, *to, out="cluster.enc")
+    assert again.read_bytes() == round_.aggregate(uploads, out="local.enc").read_bytes()
+
+
+@pytest.mark.parametrize("trouble", ["workers", "scheduler"])
+def test_a_cluster_that_is_gone_is_an_error_soon(
+    new_round: NewRound,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trouble: str,
+) -> None:
+    for name in ("LOOK_SECONDS", "CONNECT_SECONDS"):
+        monkeypatch.setattr(f"dtl.core.cluster.{name}", 2)
+    round_ = new_round(masks=True)
+    uploads = round_.uploads({name: many_values(i) for i, name in enumerate(round_.names)})
+    key, output = round_.opened_key("server"), tmp_path / "cluster.enc"
+    with cluster_of(tmp_path) as (address, workers), connect(address, False) as cluster:
+        (scheduler,) = cluster.client.run_on_scheduler(lambda: [os.getpid()])
+
+        def kill(step: str, done: int, total: int | None) -> None:
+            if step == "multiply" and not done:
+                for process in workers if trouble == "workers" else [scheduler]:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+
+        with pytest.raises(DtlError, match="any more") as error:
+            server.aggregate(key, uploads, output, server.Round(), work=Work(None, kill, cluster))
+        assert trouble[:6] in error.value.message
+    assert not output.exists()
+    assert logging.getLogger("distributed.client").level == logging.CRITICAL  # no traceback
+    round_.aggregate(uploads, out="cluster.enc")  # nothing half-done is in the way
+
+
+@pytest.mark.parametrize("address", ["here", "http://127.0.0.1:1", "tcp://127.0.0.1", "inproc://"])
+def test_an_address_of_another_kind(address: str) -> None:
+    with pytest.raises(UsageError, match="expected tcp://HOST:PORT"), connect(address, False):
+        pass
+
+
+def test_tls_without_certificates() -> None:
+    pytest.importorskip("distributed")
+    place = "tls://127.0.0.1:1"
+    with pytest.raises(UsageError, match="not configured"), connect(place, False):
+        pass
+    with (
+        configured(certificates(Path("/nowhere"))),
+        pytest.raises(UsageError, match="No such file"),
+        connect(place, False),
+    ):
+        pass
+
+
+def test_secrets_go_to_no_worker_in_clear_though_the_scheduler_is_here(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    distributed = pytest.importorskip("distributed")
+
+    class Client(contextlib.nullcontext[object]):
+        def __init__(self, address: str, **settings: object) -> None:
+            super().__init__(self)
+
+        def scheduler_info(self) -> dict[str, str]:
+            return {"address": "tcp://127.0.0.1:8786"}
+
+        def nthreads(self) -> dict[str, int]:
+            return {"tcp://127.0.0.1:5": 1, "tcp://10.0.0.2:5": 1}
+
+    monkeypatch.setattr(distributed, "Client", Client)
+    monkeypatch.setattr("dtl.core.cluster._check", lambda client, address: None)
+    with (
+        pytest.raises(UsageError, match=r"tcp://10\.0\.0\.2:5: secrets go .* by tls"),
+        connect("tcp://127.0.0.1:8786", secrets=True),
+    ):
+        pass
+
+
+def test_something_else_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("distributed")
+    monkeypatch.setattr("dtl.core.cluster.CONNECT_SECONDS", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        place = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(DtlError, match="no Dask scheduler answers"), connect(place, False):
+            pass
 
 
 def test_options_of_a_cluster(dtl: Cli, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """Rounds between machines: the same files and the same model as by hand, whoever is missing."""
 
+import os
 import subprocess
 import sys
+import time
 import tomllib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -75,8 +78,9 @@ class Party:
     courier: Hand
     folder: Path
 
-    def conduct(self, rounds: int, folder: str = "rounds") -> Path:
-        plan = Plan(self.folder / folder, self.folder / "w0.safetensors", rounds)
+    def conduct(self, rounds: int, folder: str = "rounds", by_hand: str = "") -> Path:
+        initial = self.folder / "w0.safetensors"
+        plan = Plan(self.folder / folder, initial, rounds, by_hand, patience=60)
         return Conductor(self.round.opened_key("server"), plan, self.courier).run()
 
     def manifest(self, number: int) -> dict[str, Any]:
@@ -208,6 +212,29 @@ def test_who_was_never_there_is_admitted_when_it_comes(party: Party) -> None:
     assert party.manifest(4)["contributions"] == {"a": 4, "b": 4, "c": 4, "d": 1}
 
 
+def test_somebody_without_a_node_works_by_hand(
+    party: Party, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d, rounds = party.courier.nodes.pop("d"), party.folder / "rounds"
+    party.courier.absent = {2: "c"}
+
+    def lay(seconds: float) -> None:
+        """What d does while the server waits."""
+        number = party.courier.now
+        folder, before = rounds / f"{number:03}", rounds / f"{number - 1:03}"
+        if (close := folder / "round.close").exists():
+            (folder / "d.reveal").write_bytes(d.reveal(number, close.read_bytes()))
+        else:
+            base = before / "model.release" if number > 1 else party.folder / "w0.safetensors"
+            (folder / "d.upload").write_bytes(d.contribute(number, base.read_bytes()))
+
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=lay)
+    monkeypatch.setattr("dtl.core.flower.rounds.time", clock)
+    party.conduct(2, by_hand="d")
+    assert [party.manifest(n)["missing"] for n in (1, 2)] == [[], ["c"]]
+    assert party.manifest(2)["contributions"]["d"] == 2
+
+
 def test_a_node_cannot_deliver_what_another_made(party: Party) -> None:
     made: dict[str, bytes] = {}
 
@@ -324,15 +351,19 @@ def config(round_: Round, *options: object, code: int = 0) -> Result:
 
 def test_the_configuration_of_a_run(new_round: NewRound) -> None:
     round_ = new_round(FOUR, masks=True)
-    config(round_, "--local-lr", 0.5, "--registered-only", "--superlink", "localhost:1")
+    given = ("--local-lr", 0.5, "--registered-only", "--by-hand", "b,c")
+    config(round_, *given, "--superlink", "localhost:1")
     app = tomllib.loads((round_.folder / "run" / "app" / "pyproject.toml").read_text())
     settings = app["tool"]["flwr"]["app"]["config"]
     assert settings["key"] == str(round_.key("server"))
     assert (settings["rounds"], settings["local-lr"]) == (2, 0.5)
     assert settings["registered-only"] is True
+    assert settings["by-hand"] == "b,c"
     link = tomllib.loads((round_.folder / "run" / "config.toml").read_text())["superlink"]
     assert link[link["default"]] == {"address": "localhost:1", "insecure": True}
     config(round_, code=2)  # exists
+    (round_.folder / "run").rename(round_.folder / "other")
+    config(round_, "--by-hand", "b,zoe", code=2)
 
 
 def test_a_name_that_toml_would_read_otherwise_is_refused(new_round: NewRound) -> None:
@@ -358,6 +389,35 @@ def test_the_base_install_imports_no_engine() -> None:
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_what_calls_other_machines_is_off_before_anything_of_flower_is_imported() -> None:
+    code = (
+        "import os, sys, dtl.core.flower;"
+        "assert 'flwr' not in sys.modules;"
+        "print(os.environ['FLWR_TELEMETRY_ENABLED'], os.environ['FLWR_DISABLE_UPDATE_CHECK'])"
+    )
+    on = os.environ | {"FLWR_TELEMETRY_ENABLED": "1"}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env=on, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["0", "1"]
+
+
+@pytest.mark.parametrize("error", [ValueError("patient 17"), SystemExit("patient 17")])
+def test_whatever_a_node_fails_of_is_told_by_its_kind(error: BaseException) -> None:
+    pytest.importorskip("flwr")
+    from dtl.core.flower import client, payload
+
+    def fail(node: Node, number: int) -> bytes:
+        raise error
+
+    message = SimpleNamespace(content=payload.pack(round=1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Node, "load", lambda own, run: None)
+        patch.setattr(client, "Message", lambda content, reply_to: content)
+        reply: Any = client._answer(message, SimpleNamespace(node_config={}, run_config={}), fail)
+    with pytest.raises(DtlError, match=rf"^{type(error).__name__} \(exit code 1\)$"):
+        payload.file_of(reply)
 
 
 def test_a_failure_is_told_without_its_text() -> None:

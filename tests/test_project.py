@@ -111,6 +111,13 @@ def test_every_subpackage_is_listed() -> None:
     assert listed == folders
 
 
+def test_the_base_install_is_no_larger_for_the_engines() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    base = {re.split(r"[<>=!\[; ]", needed)[0] for needed in project["dependencies"]}
+    expected = "cryptography gmpy2 joblib numpy pydantic rich scikit-learn typer"
+    assert base == set(expected.split())
+
+
 def test_heavy_imports_stay_out_of_the_start() -> None:
     code = (
         "import sys, dtl.cli.app;"

@@ -1,6 +1,7 @@
 """The participant's Flower app: takes each message to the node, and the answer back."""
 
 import logging
+import os
 from collections.abc import Callable
 
 from flwr.app import Context, Message
@@ -9,6 +10,8 @@ from flwr.clientapp import ClientApp
 from dtl.core.errors import DtlError
 from dtl.core.flower import payload
 from dtl.core.flower.node import Node
+
+DEBUG_VARIABLE = "DTL_DEBUG"  # for who writes a local_update: where it fails, in the own log
 
 logger = logging.getLogger("flwr.dtl")
 app = ClientApp()
@@ -20,9 +23,9 @@ def _answer(message: Message, context: Context, step: Callable[[Node, int], byte
         node = Node.load(context.node_config, context.run_config)
         number = int(payload.word(message.content, "round"))
         content = payload.pack(step(node, number), name=node.key.name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a user's function may do anything
         told = error.message if isinstance(error, DtlError) else type(error).__name__
-        logger.error("dtl: %s", told)
+        logger.error("dtl: %s", told, exc_info=bool(os.environ.get(DEBUG_VARIABLE)))
         content = payload.pack_error(error)
     return Message(content, reply_to=message)
 

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dtl.core.errors import DtlError, UsageError
+from dtl.core.flower import SWITCHES
 
-SWITCHES = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
 HOME, APP = "FLWR_HOME", "app"
 PROGRAMS = {
     # Without the flag it would install the app's dependencies from a package index.

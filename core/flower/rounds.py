@@ -6,7 +6,8 @@ there is not made again, so an interrupted run is taken up where it stopped.
 """
 
 import logging
-from collections.abc import Collection, Iterator, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from dtl.core.roles import server
 
 CONTRIBUTE, REVEAL, RELEASE = "contribute", "reveal", "release"
 MODEL_RESULT, MODEL_RELEASE, CLOSE, VOID = "model.enc", "model.release", "round.close", "void"
+POLL_SECONDS = 0.5
 
 logger = logging.getLogger("flwr.dtl")
 
@@ -47,11 +49,17 @@ class Courier(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What the server is to do: so many rounds, from these initial weights, in this folder."""
+    """What the server is to do: so many rounds, from these initial weights, in this folder.
+
+    Those who work by hand have no node: they lay their files into the folder, and `patience`
+    is how many seconds they have for each.
+    """
 
     folder: Path
     initial: Path
     rounds: int
+    by_hand: Collection[str] = ()
+    patience: float = 0
 
 
 class Conductor:
@@ -102,7 +110,7 @@ class Conductor:
         if not result.exists():
             self._aggregate(number, folder, result)
         # An admission is given once: only to who is there to make use of it.
-        here = self._courier.present()
+        here = {*self._courier.present(), *self._plan.by_hand}
         admit = [name for name in server.newcomers(self._key, result) if name in here]
         policy = server.Policy(admit=admit)
         server.release(self._key, result, folder / MODEL_RELEASE, policy, work=self._work)
@@ -175,7 +183,17 @@ class Conductor:
                 received.unlink()
             else:
                 received.rename(paths[name])
+        self._await(paths[name] for name in names if name in self._plan.by_hand)
         return {name: path for name, path in paths.items() if path.exists()}
+
+    def _await(self, paths: Iterable[Path]) -> None:
+        """Wait for files that are laid into the folder by hand, as long as there is patience."""
+        deadline = time.monotonic() + self._plan.patience
+        expected = [path for path in paths if not path.exists()]
+        for path in expected:
+            logger.info("waiting for %s, which is made by hand", path)
+        while not all(path.exists() for path in expected) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
     def _check_sender(self, step: str, name: str, number: int, path: Path) -> None:
         """Raise FormatError unless a file is this participant's, of this round.

@@ -18,9 +18,8 @@ from dtl.core.errors import DtlError, QuorumError, UsageError
 from dtl.core.files.atomic import machine_errors
 from dtl.core.files.documents import Job, Key, read_passphrase
 from dtl.core.flower import payload
-from dtl.core.flower.rounds import CONTRIBUTE, RELEASE, REVEAL, Conductor, Plan
+from dtl.core.flower.rounds import CONTRIBUTE, POLL_SECONDS, RELEASE, REVEAL, Conductor, Plan
 
-POLL_SECONDS = 0.5
 HELLO_SECONDS = 60.0
 MESSAGE_TYPES = {
     CONTRIBUTE: "train.contribute",
@@ -84,10 +83,10 @@ class Nodes:
                 found[name] = node
         return {node: name for name, node in found.items()}
 
-    def wait(self, seconds: float) -> None:
-        """Wait until everyone is there, or so long; QuorumError if then there are too few."""
+    def wait(self, seconds: float, by_hand: Collection[str]) -> None:
+        """Wait for everyone who has a node, so long; QuorumError if then there are too few."""
         deadline = time.monotonic() + seconds
-        while len(found := self.present()) < len(self.job.participants):
+        while len(found := {*self.present(), *by_hand}) < len(self.job.participants):
             if time.monotonic() > deadline:
                 break
             time.sleep(POLL_SECONDS)
@@ -142,18 +141,19 @@ def main(grid: Grid, context: Context) -> None:
     try:
         key = Key.load(path, job, _passphrase(context))
         key.require("server")
+        seconds = _number(context, "round-timeout", 600)
         plan = Plan(
             folder=Path(_text(context, "folder")),
             initial=Path(_text(context, "initial")),
             rounds=int(_number(context, "rounds", 1)),
+            by_hand=[
+                name for name in str(context.run_config.get("by-hand", "")).split(",") if name
+            ],
+            patience=seconds,
         )
-        nodes = Nodes(
-            grid,
-            key.job,
-            _number(context, "round-timeout", 600),
-            bool(context.run_config.get("registered-only", False)),
-        )
-        nodes.wait(_number(context, "start-timeout", 120))
+        only = bool(context.run_config.get("registered-only", False))
+        nodes = Nodes(grid, key.job, seconds, only)
+        nodes.wait(_number(context, "start-timeout", 120), plan.by_hand)
         last = Conductor(key, plan, nodes).run()
     except DtlError as error:
         logger.error("dtl: error: %s", error.message)
