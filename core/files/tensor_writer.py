@@ -1,7 +1,8 @@
 """Write plain tensors piece by piece, as .safetensors or .npz by the name of the file."""
 
 import zipfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Self
 
@@ -149,6 +150,20 @@ def write_arrays(
     mode: int = PRIVATE_MODE,
 ) -> None:
     """Write arrays to a plain file, all in one dtype."""
+    with unnamed_arrays(path, arrays, dtype, metadata, force, mode) as output:
+        output.commit()
+
+
+@contextmanager
+def unnamed_arrays(
+    path: Path,
+    arrays: dict[str, NDArray[np.float64]],
+    dtype: str,
+    metadata: PlainMetadata | None,
+    force: bool = False,
+    mode: int = PRIVATE_MODE,
+) -> Iterator[AtomicOutput]:
+    """As `write_arrays`, but the finished file gets its name only when it is committed."""
     check_suffix(path)
     layout = make_layout(arrays, dtype)
     with AtomicOutput(path, force, mode) as output:
@@ -156,4 +171,4 @@ def write_arrays(
             for spec in layout:
                 writer.write(arrays[spec.name].ravel())
             writer.finish(metadata)
-        output.commit()
+        yield output

@@ -5,15 +5,17 @@ et al., ICML 2013, equations 1 and 2) and Adam (Kingma and Ba, ICLR 2015, algori
 the participants, on the gradient sum that the server released; everyone holds the same state.
 """
 
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from dtl.core.errors import FormatError, UsageError
+from dtl.core.errors import DtlError, FormatError, UsageError
+from dtl.core.files.atomic import remove_second_names
 from dtl.core.files.headers import check_same_shapes
-from dtl.core.files.tensor_writer import write_arrays
+from dtl.core.files.tensor_writer import unnamed_arrays
 from dtl.core.files.tensors import make_layout, read_arrays
 from dtl.core.learning.mlp import DTYPE, Weights
 
@@ -105,8 +107,9 @@ def apply_sum(
     """Write the model after one step along a released sum of contributions.
 
     The new model is named by the sum: uploads based on it say which sum was applied, and
-    their masks cancel only if everybody applied the same. Raises FormatError for files that
-    do not belong together.
+    their masks cancel only if everybody applied the same. Both files are finished before the
+    state, and then the model, get their names; a state that an interrupted run has left is
+    taken for what it is. Raises FormatError for files that do not belong together.
     """
     contributions, metadata = read_arrays(total)
     if metadata is None or metadata.kind != "sum":
@@ -120,7 +123,28 @@ def apply_sum(
         stepped = optimizer.step(weights, contributions)
     except KeyError as error:
         raise FormatError(f"{state.before}: not the state of this optimizer: {error}") from None
-    if state.after is not None and optimizer.state:
-        write_arrays(state.after, optimizer.state, STATE_DTYPE, None, force=True)
     named = metadata.model_copy(update={"kind": "weights"})
-    write_arrays(output, stepped, DTYPE, named, force)
+    with ExitStack() as stack:
+        outputs = []
+        after, held = state.after, optimizer.state
+        if after is not None and held:
+            if not force and _holds(after, held):
+                remove_second_names(after)
+            else:
+                outputs.append(unnamed_arrays(after, held, STATE_DTYPE, None, force))
+        outputs.append(unnamed_arrays(output, stepped, DTYPE, named, force))
+        entered = [stack.enter_context(unnamed) for unnamed in outputs]
+        for finished in entered:
+            finished.sync()
+        for finished in entered:
+            finished.commit()
+
+
+def _holds(path: Path, arrays: Weights) -> bool:
+    """Whether a file holds exactly these arrays."""
+    with suppress(DtlError):
+        found, _ = read_arrays(path)
+        return found.keys() == arrays.keys() and all(
+            np.array_equal(found[name], array) for name, array in arrays.items()
+        )
+    return False
