@@ -214,6 +214,13 @@ def test_a_step_and_its_state_appear_together(dtl: Cli, tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
     out.rename(other)
     step("--state", state, code=2)
+    held_arrays, _ = read_arrays(state)
+    for wrong in ({"x": np.ones(1)}, held_arrays | {"steps": np.ones(())}):
+        write_arrays(other, wrong, "F64", None, True)
+        step("--state", other, "--state-out", tmp_path / "next.npz", code=3)
+    name = max(held_arrays)
+    write_arrays(other, held_arrays | {name: np.ones((3, 5))}, "F64", None, True)
+    step("--state", other, "--state-out", tmp_path / "next.npz", code=3)
     assert (state.read_bytes(), out.exists()) == (held, False)
     step("--state", state, "--force")
     assert state.read_bytes() != held

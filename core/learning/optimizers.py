@@ -119,10 +119,12 @@ def apply_sum(
     check_same_shapes(found, expected, total, model)
     if state.before is not None:
         optimizer.state = read_arrays(state.before)[0]
-    try:
+    before, fits = _shapes(optimizer), False
+    with suppress(LookupError, TypeError, ValueError):  # by a state that does not fit
         stepped = optimizer.step(weights, contributions)
-    except KeyError as error:
-        raise FormatError(f"{state.before}: not the state of this optimizer: {error}") from None
+        fits = state.before is None or before == _shapes(optimizer)
+    if not fits:
+        raise FormatError(f"{state.before}: not the state of this optimizer, for this model")
     named = metadata.model_copy(update={"kind": "weights"})
     with ExitStack() as stack:
         outputs = []
@@ -138,6 +140,10 @@ def apply_sum(
             finished.sync()
         for finished in entered:
             finished.commit()
+
+
+def _shapes(optimizer: Optimizer) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in optimizer.state.items()}
 
 
 def _holds(path: Path, arrays: Weights) -> bool:
