@@ -39,6 +39,7 @@ from dtl.core.errors import DtlError, UsageError
 
 DEBUG_VARIABLE = "DTL_DEBUG"
 _MANY = ("--reveals", "--uploads")  # options that take several files
+_INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 KGC, PARTICIPANT, SERVER, ANYONE = (
@@ -190,21 +191,28 @@ def _usage_error(error: Any) -> UsageError:
     return UsageError(message[:1].lower() + message[1:], f"try {path} --help")
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
+def _ignore_interruptions() -> None:
+    for number in _INTERRUPTIONS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _ignore_interruptions()  # one is enough; a second one would interrupt the cleaning up
     raise KeyboardInterrupt
 
 
 def main() -> None:
-    """Entry point of the `dtl` command; an interrupted command cleans up and ends with 1."""
+    """Run a command; one that is interrupted cleans up and ends with 1."""
     terminal.make_streams_safe()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys and plaintext
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in _INTERRUPTIONS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
+            signal.signal(number, _interrupt)
     try:
         code = run()
+        _ignore_interruptions()  # all is done: let it end in peace
     except KeyboardInterrupt:
-        terminal.show_error(DtlError("interrupted; no output was written"))
+        terminal.show_error(DtlError("interrupted; every output is complete or absent"))
         code = DtlError.exit_code
-    for number in (signal.SIGINT, signal.SIGTERM):  # all is done: let it end in peace
-        signal.signal(number, signal.SIG_IGN)
     sys.stdout.flush()
     sys.exit(code)

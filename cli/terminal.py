@@ -4,6 +4,7 @@ Results go to stdout; progress, warnings and errors to stderr. Bars are shown on
 terminal.
 """
 
+import errno
 import io
 import json
 import logging
@@ -11,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,37 @@ from dtl.core.progress import ProgressCallback, silent
 _DIGEST = re.compile("[0-9a-f]{128}")
 
 
+class _Console(Console):
+    """A console that fails where its reader is gone; rich would end the program unheard."""
+
+    def on_broken_pipe(self) -> None:
+        """Raise the error that rich has caught."""
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def _errors() -> Console:
-    return Console(file=sys.stderr, highlight=False, soft_wrap=True)
+    return _Console(file=sys.stderr, highlight=False, soft_wrap=True)
+
+
+def _complain(text: str) -> None:
+    """Print to stderr if that can be done; where not, the work and its exit code still count."""
+    with suppress(OSError):
+        _errors().print(text)
+
+
+@contextmanager
+def _printing() -> Iterator[None]:
+    """Print to stdout. Raises DtlError where that cannot be done."""
+    try:
+        yield
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError), Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())  # what is left in buffers goes there
+        raise DtlError(
+            f"stdout: {os.strerror(error.errno or 0).lower()}",
+            "only the result could not be printed; the files are complete",
+        ) from None
 
 
 def make_streams_safe() -> None:
@@ -53,10 +83,10 @@ def make_streams_safe() -> None:
 
 def show_error(error: DtlError) -> None:
     """Print an error, and its hint where it has one."""
-    _errors().print(f"[bold red]dtl: error:[/] {escape(_plain_text(error.message))}")
+    _complain(f"[bold red]dtl: error:[/] {escape(_plain_text(error.message))}")
     if error.hint:
         lines = [escape(_plain_text(line)) for line in error.hint.split("\n")]
-        _errors().print("[bold]dtl: hint:[/] " + "\n".join(lines))
+        _complain("[bold]dtl: hint:[/] " + "\n".join(lines))
 
 
 def _plain_text(text: str) -> str:
@@ -89,7 +119,8 @@ def set_up_warnings() -> None:
 def show_result(result: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
     """Print a result: one JSON object, or a short table."""
     if as_json:
-        sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+        with _printing():
+            sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
     elif not quiet:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)
@@ -97,7 +128,8 @@ def show_result(result: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
         for name, value in result.items():
             for label, text in _rows(name.replace("_", " "), value):
                 table.add_row(label, escape(_plain_text(text)))
-        Console(highlight=False).print(table)
+        with _printing():
+            _Console(highlight=False).print(table)
 
 
 def show_table(
@@ -108,26 +140,29 @@ def show_table(
         return
     if markdown:
         rules = ["---", *["---:"] * (len(heads) - 1)]
-        for row in (heads, rules, *rows):
-            sys.stdout.write(f"| {' | '.join(row)} |\n")
+        with _printing():
+            for row in (heads, rules, *rows):
+                sys.stdout.write(f"| {' | '.join(row)} |\n")
         return
     table = Table(box=None, padding=(0, 1, 0, 0))
     for number, head in enumerate(heads):
         table.add_column(head, justify="right" if number else "left", no_wrap=True)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(highlight=False).print(table)
+    with _printing():
+        _Console(highlight=False).print(table)
 
 
 def show_warning(text: str) -> None:
     """Print a warning."""
-    _errors().print(f"[yellow]dtl: warning:[/] {escape(_plain_text(text))}")
+    _complain(f"[yellow]dtl: warning:[/] {escape(_plain_text(text))}")
 
 
 def show_blank_line(quiet: bool) -> None:
     """Set results apart."""
     if not quiet:
-        sys.stdout.write("\n")
+        with _printing():
+            sys.stdout.write("\n")
 
 
 def _rows(label: str, value: Any) -> Iterator[tuple[str, str]]:

@@ -86,7 +86,8 @@ def test_a_kill_at_any_time_leaves_the_output_absent_or_complete(new_round: NewR
             process.wait()
             if out.exists():
                 assert out.stat().st_size == sizes[name]
-                break
+                if process.returncode >= 0:  # not killed between the output's two names
+                    break
         assert out.exists(), "the same command works again after a kill"
         assert time.monotonic() - whole < 60
         assert not hidden(round_.folder), "what a killed command left is cleaned up"
@@ -94,7 +95,7 @@ def test_a_kill_at_any_time_leaves_the_output_absent_or_complete(new_round: NewR
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sig", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_command_cleans_up(
     new_round: NewRound, sig: signal.Signals, kernel: str
 ) -> None:
@@ -114,6 +115,64 @@ def test_an_interrupted_command_cleans_up(
     assert not out.exists()
     assert not hidden(round_.folder)
     assert (round_.keys / "alice.ledger").read_bytes().count(b"\n") == 1
+
+
+def test_an_interruption_before_all_is_imported_shows_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"sys.path.insert(0, {str(tmp_path)!r}); from dtl.cli.entry import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (ended.returncode, ended.stderr) == (-signal.SIGINT, b"")
+
+
+@pytest.mark.parametrize("place", ["show_error", "show_result"])
+def test_a_second_interruption_and_a_late_one_show_no_traceback(place: str) -> None:
+    code = (
+        "import os, signal, dtl.cli.app as app;"
+        "stop = lambda *_: [os.kill(os.getpid(), signal.SIGTERM), None][1];"
+        f"app.terminal.{place} = stop; {'app.run = stop;' if place == 'show_error' else ''}"
+        "app.main()"
+    )
+    words = [sys.executable, "-c", code, "evaluate", "--model", "nowhere", "--data", "nowhere"]
+    ended = subprocess.run(words, capture_output=True, check=False)
+    assert ended.returncode in (1, 2)
+    assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("json", [(), ("--json",)])
+@pytest.mark.parametrize("where", ["full", "gone"])
+def test_streams_that_cannot_be_written(
+    json: tuple[str, ...], where: str, new_round: NewRound
+) -> None:
+    round_ = new_round()
+    gradients = round_.save("g.safetensors", random_arrays(1))
+    stream = os.open("/dev/full", os.O_WRONLY)
+    if where == "gone":
+        reader, stream = os.pipe()
+        os.close(reader)
+
+    def run(
+        name: str, stdout: int = subprocess.PIPE, stderr: int = subprocess.PIPE
+    ) -> "subprocess.CompletedProcess[bytes]":
+        out = round_.folder / f"{name}.upload"
+        words = ("encrypt-grads", gradients, "--round", 1, "--key", round_.key(name), "-o", out)
+        command = [*DTL, *map(str, words), *json]
+        ended = subprocess.run(command, check=False, stdout=stdout, stderr=stderr)
+        assert name == "dave" or out.exists()
+        return ended
+
+    unprinted = run("alice", stdout=stream)
+    assert unprinted.returncode == 1
+    said = [line for line in unprinted.stderr.splitlines() if not line.startswith(b"dtl: warning")]
+    assert len(said) == 2
+    assert said[0].startswith(b"dtl: error: stdout: ")
+    unheard = run("bob", stderr=stream)
+    assert unheard.returncode == 0
+    assert b"upload" in unheard.stdout
+    assert run("dave", stderr=stream).returncode == 2
+    os.close(stream)
 
 
 def test_a_crash_between_ledger_and_rename_is_completed(

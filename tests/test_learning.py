@@ -1,5 +1,6 @@
 """Local training, against scikit-learn's own gradient and finite differences."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,8 @@ import pytest
 
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files.shards import Shard, load_shard
-from dtl.core.files.tensors import open_tensors, weights_metadata
+from dtl.core.files.tensor_writer import write_arrays
+from dtl.core.files.tensors import open_tensors, read_arrays, weights_metadata
 from dtl.core.learning import mlp, split
 from tests.helpers import Cli, Result
 
@@ -186,3 +188,39 @@ def test_shards_appear_together_and_an_interrupted_split_is_completed(
     first.write_bytes(b"another one's")
     again(code=2)
     assert first.read_bytes() == b"another one's"
+
+
+def test_a_step_and_its_state_appear_together(dtl: Cli, tmp_path: Path) -> None:
+    dtl("split-data", "digits", "--participants", "a", "--out", tmp_path / "shards")
+    data, model, total = (tmp_path / name for name in ("shards/a.npz", "w.npz", "sum.npz"))
+    dtl("init-model", "--data", data, "--hidden", 2, "-o", model)
+    gradients, metadata = read_arrays(model)
+    assert metadata is not None
+    write_arrays(total, gradients, "F32", metadata.model_copy(update={"kind": "sum", "round": 1}))
+    out, state, other = (tmp_path / name for name in ("out.npz", "state.npz", "other.npz"))
+
+    def step(*more: object, code: int = 0) -> None:
+        words = ("--model", model, "--optimizer", "adam", "--state-out", state, "-o", out)
+        dtl("apply-sum", total, *words, *more, code=code)
+
+    step("--lr", 1e308, code=7)
+    step("-o", tmp_path / "out.txt", code=2)
+    assert not state.exists()
+    step()
+    held = state.read_bytes()
+    out.unlink()
+    os.link(state, tmp_path / ".state.npz.0123456789abcdef.partial")
+    step()  # an interrupted run is completed
+    assert not list(tmp_path.glob(".*"))
+    out.rename(other)
+    step("--state", state, code=2)
+    held_arrays, _ = read_arrays(state)
+    for wrong in ({"x": np.ones(1)}, held_arrays | {"steps": np.ones(())}):
+        write_arrays(other, wrong, "F64", None, True)
+        step("--state", other, "--state-out", tmp_path / "next.npz", code=3)
+    name = max(held_arrays)
+    write_arrays(other, held_arrays | {name: np.ones((3, 5))}, "F64", None, True)
+    step("--state", other, "--state-out", tmp_path / "next.npz", code=3)
+    assert (state.read_bytes(), out.exists()) == (held, False)
+    step("--state", state, "--force")
+    assert state.read_bytes() != held

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import resource
+import socket
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from dtl.core.files.safetensors import MAX_HEADER_BYTES, build_header
 from dtl.core.files.shards import Shard, encode_shard, load_shard
-from tests.helpers import Cli, Round
+from tests.helpers import Cli, Round, random_arrays
 from tests.robustness.faults import run_child
 from tests.robustness.mutations import npy
 
@@ -48,6 +49,19 @@ def _archive(member: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
     return out.getvalue()
 
 
+def _limit() -> None:
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+
+
+def _bind(path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(path.parent)  # the name of a socket is short
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(path.name)
+    os.chdir(here)
+
+
 MANY = MAX_HEADER_BYTES // 32
 ARRAY = "{'descr': '<f8', 'fortran_order': %s, 'shape': (%d,), }\n"
 BOMBS: dict[str, Callable[[], bytes]] = {
@@ -79,12 +93,51 @@ def test_small_files_do_not_take_much(name: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "bad.npz").write_bytes(BOMBS[name]())
 
-    def limit() -> None:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-
-    ended = run_child(folder, ("inspect", "bad.npz"), prepare=limit)
+    ended = run_child(folder, ("inspect", "bad.npz"), prepare=_limit)
     assert ended.code == 3, ended.printed
+
+
+def test_a_csv_file_that_is_one_long_line(tmp_path: Path) -> None:
+    folder = tmp_path / "case"
+    folder.mkdir()
+    with (folder / "long.csv").open("wb") as file:
+        file.truncate(1 << 40)
+    words = ("split-data", "long.csv", "--participants", "a,b", "--out", "out")
+    ended = run_child(folder, words, prepare=_limit)
+    assert ended.code == 3, ended.printed
+    assert not (folder / "out").exists()
+
+
+def test_a_ledger_that_does_not_end(new_round: NewRound) -> None:
+    round_ = new_round()
+    ledger = round_.keys / "alice.ledger"
+    good = ledger.read_bytes()
+    for longer in (good + bytes(1 << 20), good.removesuffix(b"\n")):  # torn: cut off, completed
+        ledger.write_bytes(longer)
+        round_.upload("alice", random_arrays(1))
+        (round_.folder / "alice.upload").unlink()
+        ledger.write_bytes(good)
+    with ledger.open("r+b") as file:
+        file.truncate(1 << 40)
+    round_.upload("alice", random_arrays(1), code=4)
+    assert ledger.stat().st_size == 1 << 40
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, Path.mkdir, _bind])
+def test_a_ledger_that_is_no_file(make: Callable[[Path], None], new_round: NewRound) -> None:
+    round_ = new_round()
+    ledger = round_.keys / "alice.ledger"
+    ledger.unlink()
+    make(ledger)
+    round_.upload("alice", random_arrays(1), code=2)
+
+
+def test_sizes_beyond_all_bounds(dtl: Cli, tmp_path: Path) -> None:
+    dtl("split-data", "digits", "--participants", "a", "--out", tmp_path / "shards")
+    data, out = tmp_path / "shards" / "a.npz", tmp_path / "w.npz"
+    dtl("init-model", "--data", data, "--hidden", 1 << 64, "-o", out, code=2)
+    dtl("bench", "--values", 1 << 64, code=2)
+    dtl("split-data", "digits", "--participants", "a", "--out", tmp_path / ("a" * 300), code=2)
 
 
 def test_a_shard_that_packs_too_well_is_stored_as_it_is(tmp_path: Path) -> None:

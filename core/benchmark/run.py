@@ -30,6 +30,7 @@ from dtl.core.progress import ProgressCallback
 from dtl.core.roles.key_center import JobOptions, generate_job
 
 OWN = "dtl"
+_MAX_COUNT = (1 << 48) - 1  # values in a file
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ class BenchmarkOptions:
     def check(self) -> None:
         """Raise UsageError for what cannot be measured."""
         for name, value in (("values", self.values), ("repeat", self.repeat)):
-            if value < 1:
-                raise UsageError(f"--{name}: expected at least 1, found {value}")
+            if not 1 <= value <= _MAX_COUNT:
+                raise UsageError(f"--{name}: expected 1 to {_MAX_COUNT}, found {value}")
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,8 @@ class Stochastic:
     @classmethod
     def from_text(cls, text: str) -> "Stochastic":
         """Fix the rounding by a text that a user gave."""
-        return cls(hash_fields("dtl/v1/rounding", text)[:32])
+        given = text.encode("utf-8", "surrogateescape")  # any bytes will do
+        return cls(hash_fields("dtl/v1/rounding", given)[:32])
 
     def __call__(self, values: Reals, start: int) -> Reals:
         """Return floor(x) or floor(x) + 1."""

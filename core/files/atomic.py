@@ -24,7 +24,14 @@ PRIVATE_MODE = 0o600
 
 _SNIFF_BYTES = 1 << 14
 _PRECIOUS = (b'"event":"ledger"', b'"participant_seed":', b'"server_seed":', b'"box":')
-_WRONG_NAME = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
+_WRONG_NAME = (
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENXIO,  # a socket
+)
 
 
 @contextmanager

@@ -10,16 +10,19 @@ linked line is damage.
 """
 
 import fcntl
+import io
+import itertools
 import os
 import secrets
+import stat
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar
+from typing import IO, Any, Literal, Self, TypeVar
 
 from dtl.core.crypto.primitives import hash_fields
-from dtl.core.errors import FormatError, NotAllowedError, VerificationError
+from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import machine_errors
-from dtl.core.files.documents import Key
+from dtl.core.files.documents import MAX_DOCUMENT_BYTES, Key
 from dtl.core.files.schema import Digest, Document, Identifier, Name, Round, Timestamp
 
 _LINK = "link"
@@ -142,17 +145,20 @@ def read_entries(data: bytes, what: str) -> list[Document]:
 
     Raises VerificationError for a damaged line or a broken chain.
     """
-    return _read_lines(data, what)[0]
+    return _read_lines(io.BytesIO(data), what)[0]
 
 
-def _read_lines(data: bytes, what: str) -> tuple[list[Document], str, int]:
+def _read_lines(file: IO[bytes], what: str) -> tuple[list[Document], str, int]:
     """(entries, last link, how many bytes are whole lines) of a ledger."""
     entries: list[Document] = []
     previous, size = "", 0
-    for number, line in enumerate(data.split(b"\n"), 1):
+    for number in itertools.count(1):
         place = f"{what}: line {number}"
-        last = size + len(line) == len(data)  # what stands behind the last line end
-        if last and entries and (not line or _is_torn(line)):  # the head is never torn
+        read = file.readline(MAX_DOCUMENT_BYTES + 1)
+        if len(read) > MAX_DOCUMENT_BYTES:
+            raise VerificationError(f"{place}: damaged: more than {MAX_DOCUMENT_BYTES} bytes")
+        line = read.removesuffix(b"\n")
+        if line is read and entries and _is_torn(line):  # behind the last line end; no head
             break
         try:
             plain = canonical_json.loads(line, place)
@@ -206,13 +212,13 @@ class Ledger:
 
     def _read(self, key: Key) -> None:
         with machine_errors(self.path):
-            size = os.fstat(self._descriptor).st_size
-            data = b""
-            while len(data) < size and (part := os.pread(self._descriptor, size, len(data))):
-                data += part
-        self.entries, self._last, self._size = _read_lines(data, str(self.path))
-        if self._size > len(data):  # only the last line end was lost
-            self._write(b"\n", len(data))
+            found = os.fstat(self._descriptor)
+            if not stat.S_ISREG(found.st_mode):
+                raise UsageError(f"{self.path}: expected a file")
+            with os.fdopen(self._descriptor, "rb", closefd=False) as file:
+                self.entries, self._last, self._size = _read_lines(file, str(self.path))
+            if self._size > found.st_size:  # only the last line end was lost
+                self._write(b"\n", found.st_size)
         head = self.entries.pop(0) if self.entries else None
         if not isinstance(head, LedgerHead) or (head.ledger, head.name) != (
             key.pins.ledger,

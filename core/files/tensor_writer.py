@@ -150,12 +150,12 @@ def write_arrays(
     mode: int = PRIVATE_MODE,
 ) -> None:
     """Write arrays to a plain file, all in one dtype."""
-    with open_arrays(path, arrays, dtype, metadata, force, mode) as output:
+    with unnamed_arrays(path, arrays, dtype, metadata, force, mode) as output:
         output.commit()
 
 
 @contextmanager
-def open_arrays(
+def unnamed_arrays(
     path: Path,
     arrays: dict[str, NDArray[np.float64]],
     dtype: str,
@@ -163,7 +163,7 @@ def open_arrays(
     force: bool = False,
     mode: int = PRIVATE_MODE,
 ) -> Iterator[AtomicOutput]:
-    """As `write_arrays`, but the finished file waits for its `commit`."""
+    """As `write_arrays`, but the finished file gets its name only when it is committed."""
     check_suffix(path)
     layout = make_layout(arrays, dtype)
     with AtomicOutput(path, force, mode) as output:

@@ -33,6 +33,7 @@ from dtl.core.files.tensors import (
 Weights = dict[str, NDArray[np.float64]]
 WEIGHT, BIAS = "layer{}.weight", "layer{}.bias"
 DTYPE = "F32"
+_MAX_LAYER = 1 << 20
 _NO_STEP = 1e-300  # a learning rate that changes no weight
 
 
@@ -65,8 +66,8 @@ def check_seed(seed: int) -> None:
 
 def check_hidden(hidden: Sequence[int]) -> None:
     """Raise UsageError unless these can be the sizes of hidden layers."""
-    if any(size < 1 for size in hidden):
-        raise UsageError("--hidden: expected layer sizes from 1 on, such as 64,32")
+    if any(not 1 <= size <= _MAX_LAYER for size in hidden):
+        raise UsageError(f"--hidden: expected layer sizes of 1 to {_MAX_LAYER}, such as 64,32")
 
 
 def init_model(

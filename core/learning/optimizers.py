@@ -5,6 +5,7 @@ et al., ICML 2013, equations 1 and 2) and Adam (Kingma and Ba, ICLR 2015, algori
 the participants, on the gradient sum that the server released; everyone holds the same state.
 """
 
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -14,7 +15,7 @@ import numpy as np
 from dtl.core.errors import DtlError, FormatError, UsageError
 from dtl.core.files.atomic import remove_second_names
 from dtl.core.files.headers import check_same_shapes
-from dtl.core.files.tensor_writer import open_arrays, write_arrays
+from dtl.core.files.tensor_writer import unnamed_arrays
 from dtl.core.files.tensors import make_layout, read_arrays
 from dtl.core.learning.mlp import DTYPE, Weights
 
@@ -107,9 +108,9 @@ def apply_sum(
 
     The new model is named by the sum: uploads based on it say which sum was applied, and
     their masks cancel only if everybody applied the same. Both files are finished before the
-    first gets its name; where only the state that follows is there, an interrupted step is
-    completed. Raises FormatError for files that do not belong together, UsageError for a
-    state that would be lost.
+    state, and then the model, get their names; where only the state that follows is there, an
+    interrupted step is completed. Raises FormatError for files that do not belong together,
+    UsageError for a state that would be lost.
     """
     if state.after is not None and _same_place(state.after, output, state.before):
         raise UsageError(f"{state.after}: the new state needs a file of its own")
@@ -121,31 +122,42 @@ def apply_sum(
     check_same_shapes(found, expected, total, model)
     if state.before is not None:
         optimizer.state = read_arrays(state.before)[0]
-    try:
+    before, fits = _shapes(optimizer), False
+    with suppress(LookupError, TypeError, ValueError):  # by a state that does not fit
         stepped = optimizer.step(weights, contributions)
-    except KeyError as error:
-        raise FormatError(f"{state.before}: not the state of this optimizer: {error}") from None
+        fits = state.before is None or before == _shapes(optimizer)
+    if not fits:
+        raise FormatError(f"{state.before}: not the state of this optimizer, for this model")
     named = metadata.model_copy(update={"kind": "weights"})
-    keep = state.after if optimizer.state else None
-    if keep is not None and _holds(keep, optimizer.state):
-        remove_second_names(keep)
-        keep = None
-    with open_arrays(output, stepped, DTYPE, named, force) as new_model:
-        if keep is not None:
-            write_arrays(keep, optimizer.state, STATE_DTYPE, None, force)
-        new_model.commit()
+    with ExitStack() as stack:
+        outputs = []
+        after, held = state.after, optimizer.state
+        if after is not None and held:
+            if not force and _holds(after, held):
+                remove_second_names(after)
+            else:
+                outputs.append(unnamed_arrays(after, held, STATE_DTYPE, None, force))
+        outputs.append(unnamed_arrays(output, stepped, DTYPE, named, force))
+        entered = [stack.enter_context(unnamed) for unnamed in outputs]
+        for finished in entered:
+            finished.sync()
+        for finished in entered:
+            finished.commit()
 
 
 def _same_place(path: Path, *others: Path | None) -> bool:
     return path.resolve() in [other.resolve() for other in others if other is not None]
 
 
-def _holds(path: Path, state: Weights) -> bool:
-    """Whether a file holds exactly this state."""
-    try:
+def _shapes(optimizer: Optimizer) -> dict[str, tuple[int, ...]]:
+    return {name: array.shape for name, array in optimizer.state.items()}
+
+
+def _holds(path: Path, arrays: Weights) -> bool:
+    """Whether a file holds exactly these arrays."""
+    with suppress(DtlError):
         found, _ = read_arrays(path)
-    except DtlError:
-        return False
-    return found.keys() == state.keys() and all(
-        np.array_equal(found[name], state[name]) for name in state
-    )
+        return found.keys() == arrays.keys() and all(
+            np.array_equal(found[name], array) for name, array in arrays.items()
+        )
+    return False

@@ -2,10 +2,11 @@
 
 import csv
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +30,7 @@ TEST = "test"
 _DIRICHLET_TRIES = 100
 _MIN_SAMPLES = 2
 MAX_LABEL = 256  # characters
+MAX_LINE = 16 << 20  # characters
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,9 @@ def split_data(
     """
     shards = make_shards(source, options)
     files = {f"{name}.npz": encode_shard(shard) for name, shard in shards.items()}
-    if folder.exists():
+    with machine_errors(folder):
+        there = folder.exists()
+    if there:
         _write_into(folder, files, force)
     else:
         with AtomicFolder(folder) as staging:
@@ -75,6 +79,8 @@ def _write_into(folder: Path, files: Mapping[str, bytes], force: bool) -> None:
             output.write(files[name])
         for output in outputs:
             output.commit()
+    for name in done:
+        remove_second_names(folder / name)
 
 
 def _holds(path: Path, data: bytes) -> bool:
@@ -121,7 +127,7 @@ def _read_csv(path: Path) -> Shard:
     try:
         descriptor = open_regular(path)
         with machine_errors(path), os.fdopen(descriptor, encoding="utf-8", newline="") as file:
-            rows = [row for row in csv.reader(file) if row]
+            rows = [row for row in csv.reader(_lines(file)) if row]
         labels = [row[-1].strip() for row in rows[1:]]
         if any(len(label) > MAX_LABEL for label in labels):  # numpy gives all the longest's room
             raise ValueError
@@ -132,6 +138,14 @@ def _read_csv(path: Path) -> Shard:
             f"(of at most {MAX_LABEL} characters)"
         ) from None
     return _shard(x, np.array(labels), path)
+
+
+def _lines(file: TextIO) -> Iterator[str]:
+    """The lines of a file; ValueError for one that is too long to be read."""
+    while line := file.readline(MAX_LINE + 1):
+        if len(line) > MAX_LINE:
+            raise ValueError
+        yield line
 
 
 def _read_npz(path: Path) -> Shard:

@@ -363,7 +363,7 @@ class Consortium:
                 self._folder / model,
                 o.make_optimizer(),
                 StateFiles(self._folder / known if known else None, self._folder / state),
-                force=False,
+                force=True,
             ),
             *("apply-sum", total, "--model", before, "--optimizer", o.optimizer),
             *("--lr", o.step_lr, *_given("--state", known), "--state-out", state, "-o", model),
