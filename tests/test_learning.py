@@ -134,6 +134,7 @@ def test_evaluate_and_inspect_tell_what_there_is(dtl: Cli, tmp_path: Path) -> No
         ({"participants": ()}, UsageError),
         ({"participants": ("test",)}, UsageError),
         ({"participants": ("../x",)}, UsageError),
+        ({"participants": ("аlice",)}, UsageError),  # its first letter is Cyrillic
         ({"test": 0.0}, UsageError),
         ({"test": float("nan")}, UsageError),
         ({"alpha": -1.0}, UsageError),
@@ -203,6 +204,7 @@ def test_a_step_and_its_state_appear_together(dtl: Cli, tmp_path: Path) -> None:
         words = ("--model", model, "--optimizer", "adam", "--state-out", state, "-o", out)
         dtl("apply-sum", total, *words, *more, code=code)
 
+    dtl("evaluate", "--model", total, "--data", data, code=3)  # a sum is no model
     step("--lr", 1e308, code=7)
     step("-o", tmp_path / "out.txt", code=2)
     assert not state.exists()

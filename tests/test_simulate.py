@@ -479,6 +479,8 @@ def test_a_model_that_is_not_the_twins_is_an_error(
         (("--participants", "alice,bob,alice"), 2),
         (("--participants", "alice,test,carol"), 2),
         (("--participants", 0), 2),
+        (("--participants", 4097), 2),
+        (("--participants", "9" * 5000), 2),
         (("--hidden", "x"), 2),
         (("--hidden", "0"), 2),
         (("--seed", -1), 2),
@@ -490,6 +492,10 @@ def test_a_model_that_is_not_the_twins_is_an_error(
 )
 def test_impossible_simulations(wanted: tuple[object, ...], code: int, simulate: Simulate) -> None:
     assert not simulate("digits", *wanted, code=code).exists()
+
+
+def test_a_rate_at_which_nothing_stays_finite(simulate: Simulate) -> None:
+    simulate("digits", "--participants", 3, "--rounds", 1, "--lr", 1e308, code=7)
 
 
 def test_odd_folders(simulate: Simulate, dtl: Cli, tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ KGC: Final = "kgc"
 MAX_DOCUMENT_BYTES = 16 << 20
 MAX_PARTICIPANTS = 4096  # so that all documents of a job stay below that
 MAX_PASSPHRASE_BYTES = 4096
+NAME_HINT = f"names match {NAME_PATTERN}"
 
 HpkePublic = Annotated[
     Base64,

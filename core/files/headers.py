@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from typing import Annotated, Literal, Self
@@ -226,7 +227,7 @@ def read_header(container: Container, expected: Sequence[str], job: str | None) 
 def now() -> str:
     """The time of creation, UTC in seconds; honours SOURCE_DATE_EPOCH."""
     fixed = os.environ.get("SOURCE_DATE_EPOCH")
-    if fixed and not (fixed.isdecimal() and int(fixed) <= _LAST_SECOND):
+    if fixed and not (re.fullmatch("[0-9]{1,12}", fixed) and int(fixed) <= _LAST_SECOND):
         raise UsageError("SOURCE_DATE_EPOCH: expected seconds since 1970")
     moment = time.gmtime(int(fixed) if fixed else None)
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", moment)

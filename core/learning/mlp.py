@@ -119,17 +119,17 @@ def local_update(weights: Weights, data: Shard, training: LocalTraining, what: s
                 samples, training.batch_size, replace=False
             )
             data, batch = data.subset(chosen), training.batch_size
-    network = _network(
-        data,
-        hidden,
-        batch_size=batch,
-        learning_rate_init=lr,
-        random_state=training.seed,
-        shuffle=training.epochs > 0,
-    )
-    network = _load(network, weights)
     with np.errstate(over="ignore", invalid="ignore"):
         try:
+            network = _network(
+                data,
+                hidden,
+                batch_size=batch,
+                learning_rate_init=lr,
+                random_state=training.seed,
+                shuffle=training.epochs > 0,
+            )
+            network = _load(network, weights)
             for _ in range(training.epochs or 1):
                 network.partial_fit(data.x, data.y)
         except ValueError:  # scikit-learn's own word for weights that are not finite
@@ -148,9 +148,10 @@ def _diverged() -> NumericError:
 
 def evaluate(model: Path, shard: Path) -> tuple[float, float, int]:
     """(accuracy, cross-entropy loss, samples) of a model on a shard."""
-    weights, _ = read_arrays(model)
-    data = load_shard(shard)
-    return score(weights, data, str(model))
+    weights, metadata = read_arrays(model)
+    if metadata is not None and metadata.kind != "weights":
+        raise FormatError(f"{model}: expected a model, found {metadata.kind}")
+    return score(weights, load_shard(shard), str(model))
 
 
 def score(weights: Weights, data: Shard, what: str) -> tuple[float, float, int]:

@@ -24,6 +24,7 @@ from dtl.core.files.atomic import (
     remove_second_names,
     write_file,
 )
+from dtl.core.files.documents import NAME_HINT, valid_name
 from dtl.core.files.shards import Shard, encode_shard, read_arrays
 
 TEST = "test"
@@ -99,8 +100,8 @@ def make_shards(source: str, options: SplitOptions) -> dict[str, Shard]:
     names = list(options.participants)
     if not names or len(set(names)) != len(names) or TEST in names:
         raise UsageError("participants: expected unique names, none of them 'test'")
-    if any("/" in name or name.startswith(".") or not name for name in names):
-        raise UsageError("participants: a name cannot be used as a file name")
+    if bad := [name for name in names if not valid_name(name)]:
+        raise UsageError(f"participant {bad[0]!r}: not a name that can be used", NAME_HINT)
     if not 0 < options.test < 1:
         raise UsageError(f"--test: expected a share between 0 and 1, found {options.test}")
     if options.alpha is not None and not 0 < options.alpha < float("inf"):

@@ -57,7 +57,7 @@ class JobOptions:
             if not documents.valid_name(name) or name in (SERVER, KGC):
                 raise UsageError(
                     f"participant {name!r}: not a name that can be used",
-                    "names match [a-z0-9][a-z0-9._-]{0,63}; server and kgc are taken",
+                    f"{documents.NAME_HINT}; {SERVER} and {KGC} are taken",
                 )
         if len(set(names)) != len(names):
             raise UsageError("a participant is named twice")

@@ -11,12 +11,12 @@ from dtl.core import defaults
 from dtl.core.crypto.primitives import hash_fields
 from dtl.core.encoding.fixed_point import Rounding, Stochastic, nearest
 from dtl.core.errors import UsageError
+from dtl.core.files.documents import MAX_PARTICIPANTS
 from dtl.core.learning.mlp import LocalTraining, check_hidden, check_seed
 from dtl.core.learning.optimizers import Optimizer, make_optimizer
 from dtl.core.learning.split import SplitOptions
 from dtl.core.roles.key_center import JobOptions
 
-MAX_PARTICIPANTS = 10_000
 _NAMES = ["alice", "bob", "carol", "dave", "erin", "frank", "grace", "heidi", "ivan", "judy"]
 
 
@@ -147,9 +147,10 @@ def participant_names(text: str) -> tuple[str, ...]:
     """The roster for `--participants`: a number, or names separated by commas."""
     text = text.strip()
     if text.isascii() and text.isdecimal():
-        count = int(text)
-        if count > MAX_PARTICIPANTS:
-            raise UsageError(f"--participants: at most {MAX_PARTICIPANTS}, found {count}")
+        digits = text.lstrip("0")
+        if len(digits) > len(str(MAX_PARTICIPANTS)) or int(digits or 0) > MAX_PARTICIPANTS:
+            raise UsageError(f"--participants: at most {MAX_PARTICIPANTS}")
+        count = int(digits or 0)
         if count <= len(_NAMES):
             return tuple(_NAMES[:count])
         return tuple(f"p{number:0{len(text)}}" for number in range(1, count + 1))
