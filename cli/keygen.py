@@ -58,7 +58,7 @@ def keygen(
     quiet: QuietOption = False,
 ) -> None:
     """Make a job: the public job file, and a key for the center, the server and everyone."""
-    from dtl.core.files.documents import read_passphrase
+    from dtl.core.files.key_file import read_passphrase
     from dtl.core.roles import key_center
 
     output = Output(json, quiet)

@@ -18,7 +18,7 @@ from dtl.core.parallel import Work
 from dtl.core.progress import ProgressCallback
 
 if TYPE_CHECKING:
-    from dtl.core.files.documents import Key
+    from dtl.core.files.key_file import Key
 
 JOB_FILE = "job.json"
 
@@ -167,14 +167,14 @@ def job_path(job: Path | None, key: Path) -> Path:
 
 def open_key(key: Path, job: Path | None, passphrase_file: Path | None) -> "Key":
     """Read the key file, held against its job."""
-    from dtl.core.files.documents import Key
+    from dtl.core.files.key_file import Key
 
     return Key.load(key, job_path(job, key), passphrase(passphrase_file))
 
 
 def passphrase(path: Path | None) -> Callable[[], bytes]:
     """How to get at the passphrase of a boxed key."""
-    from dtl.core.files.documents import read_passphrase
+    from dtl.core.files.key_file import read_passphrase
 
     def ask() -> bytes:
         if path is not None:

@@ -61,7 +61,7 @@ def verify(
 
     The job file defaults to job.json beside FILE. Exit code 0 says that all of it holds.
     """
-    from dtl.core.files.documents import Job
+    from dtl.core.files.job_file import Job
     from dtl.core.public.verification import Evidence
     from dtl.core.roles import observer
 

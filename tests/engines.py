@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save_file
 
 from dtl.cli import app
 from dtl.core.cluster import connect
-from dtl.core.files.documents import Key
+from dtl.core.files.key_file import Key
 from dtl.core.parallel import Work
 from dtl.core.roles import key_center, server
 from tests.helpers import PRIMES

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from dtl.core.files.container import RESIDUES, Container
-from dtl.core.files.documents import Job, Key
+from dtl.core.files.job_file import Job
+from dtl.core.files.key_file import Key
 
 # Safe primes, fixed and published here: never to be used for anything but tests.
 PRIMES = {

@@ -19,7 +19,7 @@ from dtl.core.encoding.packing import Packing
 from dtl.core.errors import VerificationError
 from dtl.core.files import canonical_json
 from dtl.core.files.container import Container
-from dtl.core.files.documents import ParticipantSecrets
+from dtl.core.files.key_file import ParticipantSecrets
 from tests.forging import Statement, header_of
 from tests.helpers import Arrays, Round, random_arrays, residues_of
 

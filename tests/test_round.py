@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 from dtl.core.crypto import residues, scheme
 from dtl.core.errors import VerificationError
-from dtl.core.files.documents import KgcSecrets
+from dtl.core.files.key_file import KgcSecrets
 from tests.helpers import Arrays, Cli, Round, random_arrays, residues_of
 
 FIVE = ("a", "b", "c", "d", "e")

@@ -8,7 +8,8 @@ from statistics import median
 
 from dtl.core.benchmark.sample import Sample, Stopwatch
 from dtl.core.encoding.fixed_point import Stochastic
-from dtl.core.files.documents import SERVER, Key
+from dtl.core.files.job_file import SERVER
+from dtl.core.files.key_file import Key
 from dtl.core.parallel import Work
 from dtl.core.roles import participant, server
 

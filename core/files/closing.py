@@ -9,8 +9,8 @@ from dtl.core.crypto import primitives
 from dtl.core.errors import FormatError
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import read_file
-from dtl.core.files.documents import MAX_DOCUMENT_BYTES, Job, signed_digest
 from dtl.core.files.headers import Contribution, Header
+from dtl.core.files.job_file import MAX_DOCUMENT_BYTES, Job, signed_digest
 from dtl.core.files.schema import Digest, Key32, Name, Round, Signature
 
 

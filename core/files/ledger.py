@@ -22,7 +22,8 @@ from dtl.core.crypto.primitives import hash_fields
 from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import machine_errors
-from dtl.core.files.documents import MAX_DOCUMENT_BYTES, Key
+from dtl.core.files.job_file import MAX_DOCUMENT_BYTES
+from dtl.core.files.key_file import Key
 from dtl.core.files.schema import Digest, Document, Identifier, Name, Round, Timestamp
 
 _LINK = "link"

@@ -17,7 +17,7 @@ from dtl.core.encoding.fixed_point import Rounding, Stochastic
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files.atomic import machine_errors, write_file
 from dtl.core.files.container import is_container
-from dtl.core.files.documents import Key, read_passphrase
+from dtl.core.files.key_file import Key, read_passphrase
 from dtl.core.files.tensor_writer import write_arrays
 from dtl.core.files.tensors import open_tensors, read_arrays, weights_metadata
 from dtl.core.learning import mlp

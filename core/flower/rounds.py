@@ -17,8 +17,8 @@ from dtl.core.errors import DtlError, FormatError, QuorumError
 from dtl.core.files.atomic import machine_errors, write_file
 from dtl.core.files.closing import Close, Reveal
 from dtl.core.files.container import Container
-from dtl.core.files.documents import Key
 from dtl.core.files.headers import ReleaseHeader, UploadHeader, read_header
+from dtl.core.files.key_file import Key
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import results, uploads
 from dtl.core.roles import server

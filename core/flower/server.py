@@ -16,7 +16,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from dtl.core.errors import DtlError, QuorumError, UsageError
 from dtl.core.files.atomic import machine_errors
-from dtl.core.files.documents import Job, Key, read_passphrase
+from dtl.core.files.job_file import Job
+from dtl.core.files.key_file import Key, read_passphrase
 from dtl.core.flower import payload
 from dtl.core.flower.rounds import CONTRIBUTE, POLL_SECONDS, RELEASE, REVEAL, Conductor, Plan
 

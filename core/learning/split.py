@@ -24,7 +24,7 @@ from dtl.core.files.atomic import (
     remove_second_names,
     write_file,
 )
-from dtl.core.files.documents import NAME_HINT, valid_name
+from dtl.core.files.job_file import NAME_HINT, valid_name
 from dtl.core.files.shards import Shard, encode_shard, read_arrays
 
 TEST = "test"

@@ -17,7 +17,6 @@ from dtl.core.errors import FormatError, QuorumError
 from dtl.core.files import tensors
 from dtl.core.files.closing import Close, Reveal
 from dtl.core.files.container import RESIDUES, Container, Rows
-from dtl.core.files.documents import SERVER, Job
 from dtl.core.files.headers import (
     Contribution,
     Layout,
@@ -25,6 +24,7 @@ from dtl.core.files.headers import (
     check_same_shapes,
     read_header,
 )
+from dtl.core.files.job_file import SERVER, Job
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import Work
 from dtl.core.public.uploads import Upload, read_groups, short, spans

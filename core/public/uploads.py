@@ -16,8 +16,8 @@ from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes, to_integers
 from dtl.core.errors import FormatError, NotAllowedError, VerificationError
 from dtl.core.files.container import PROOF, RESIDUES, Container, Rows
-from dtl.core.files.documents import Job
 from dtl.core.files.headers import UploadHeader, check_same_shapes, read_header
+from dtl.core.files.job_file import Job
 from dtl.core.parallel import Work
 
 MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1536  # groups a task; many make the buckets cheap

@@ -14,8 +14,8 @@ from dtl.core.crypto import masks, primitives
 from dtl.core.errors import FormatError, QuorumError, VerificationError
 from dtl.core.files.closing import Close, Reveal, load_signed
 from dtl.core.files.container import SEALED, Container
-from dtl.core.files.documents import Job
 from dtl.core.files.headers import ReleaseHeader, ResultHeader, read_header
+from dtl.core.files.job_file import Job
 from dtl.core.parallel import Work
 from dtl.core.public import results, uploads
 from dtl.core.public.results import Result, Start

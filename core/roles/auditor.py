@@ -21,8 +21,9 @@ from dtl.core.files import tensors
 from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, check_output, read_start
 from dtl.core.files.closing import Reveal, kind_of
 from dtl.core.files.container import PROOF, RESIDUES, Container, Rows, is_container
-from dtl.core.files.documents import KGC, Job, Key, KgcSecrets
 from dtl.core.files.headers import ResultHeader, UploadHeader, read_header
+from dtl.core.files.job_file import KGC, Job
+from dtl.core.files.key_file import Key, KgcSecrets
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensor_writer import TensorWriter, check_suffix
 from dtl.core.files.tensors import PlainMetadata, VectorDigest

@@ -21,9 +21,10 @@ from dtl.core.crypto.primes import search_safe_prime
 from dtl.core.encoding.fixed_point import FixedPoint
 from dtl.core.encoding.packing import Packing
 from dtl.core.errors import UsageError
-from dtl.core.files import canonical_json, documents, ledger
+from dtl.core.files import canonical_json, job_file, key_file, ledger
 from dtl.core.files.atomic import PRIVATE_MODE, AtomicFolder, check_new_folder, write_file
-from dtl.core.files.documents import KGC, SERVER, Job, Pins, Secrets
+from dtl.core.files.job_file import KGC, SERVER, Job
+from dtl.core.files.key_file import Pins, Secrets
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import DEFAULT_WORK, Work, default_workers
 
@@ -49,15 +50,15 @@ class JobOptions:
     def check(self) -> None:
         """Raise UsageError for parameters that cannot work together."""
         names = list(self.participants)
-        if not 0 < len(names) <= documents.MAX_PARTICIPANTS:
+        if not 0 < len(names) <= job_file.MAX_PARTICIPANTS:
             raise UsageError(
-                f"participants: expected 1 to {documents.MAX_PARTICIPANTS}, found {len(names)}"
+                f"participants: expected 1 to {job_file.MAX_PARTICIPANTS}, found {len(names)}"
             )
         for name in names:
-            if not documents.valid_name(name) or name in (SERVER, KGC):
+            if not job_file.valid_name(name) or name in (SERVER, KGC):
                 raise UsageError(
                     f"participant {name!r}: not a name that can be used",
-                    f"{documents.NAME_HINT}; {SERVER} and {KGC} are taken",
+                    f"{job_file.NAME_HINT}; {SERVER} and {KGC} are taken",
                 )
         if len(set(names)) != len(names):
             raise UsageError("a participant is named twice")
@@ -99,7 +100,7 @@ def generate_job(
             pins = Pins(
                 format=FORMAT, name=name, job=job.digest, kgc=job.kgc.sign, ledger=identifier
             )
-            data = documents.encode_key(pins, held, passphrase)
+            data = key_file.encode_key(pins, held, passphrase)
             write_file(staging.temporary / f"{name}.key", data, True, PRIVATE_MODE)
             if identifier is not None:
                 line = ledger.first_line(identifier, name)
@@ -124,10 +125,10 @@ def _safe_primes(modulus_bits: int, work: Work) -> Iterator[int]:
 
 def _make_documents(
     options: JobOptions, trapdoor: StrongTrapdoor
-) -> tuple[Job, documents.KgcSecrets, dict[str, Secrets]]:
+) -> tuple[Job, key_file.KgcSecrets, dict[str, Secrets]]:
     job_id = secrets.token_bytes(16)
     ell = exponent_bits(options.modulus_bits)
-    center = documents.KgcSecrets(
+    center = key_file.KgcSecrets(
         p=trapdoor.p,
         q=trapdoor.q,
         server_seed=_fresh(),
@@ -135,10 +136,10 @@ def _make_documents(
         mask_root=_fresh(),
         sign=_fresh(),
     )
-    server = documents.ServerSecrets(server_seed=center.server_seed, sign=_fresh())
+    server = key_file.ServerSecrets(server_seed=center.server_seed, sign=_fresh())
     names = sorted(options.participants)
-    held: dict[str, documents.ParticipantSecrets] = {
-        name: documents.ParticipantSecrets(
+    held: dict[str, key_file.ParticipantSecrets] = {
+        name: key_file.ParticipantSecrets(
             participant_seed=center.participant_seed,
             mask_seeds=_mask_seeds(center.mask_root, job_id, name, names) if options.masks else {},
             sign=_fresh(),
@@ -148,8 +149,8 @@ def _make_documents(
     }
     public = generate_public_key(
         trapdoor,
-        documents.server_half(center.server_seed, job_id, ell),
-        documents.participant_half(center.participant_seed, job_id, ell),
+        key_file.server_half(center.server_seed, job_id, ell),
+        key_file.participant_half(center.participant_seed, job_id, ell),
     )
     unsigned = {
         "format": FORMAT,
@@ -172,7 +173,7 @@ def _make_documents(
         ],
         "kgc": _public(center.sign),
     }
-    digest = bytes.fromhex(documents.signed_digest("job", unsigned))
+    digest = bytes.fromhex(job_file.signed_digest("job", unsigned))
     signature = primitives.sign(center.sign, "job", digest)
     plain = unsigned | {"signature": primitives.encode_base64(signature)}
     job = Job.decode(canonical_json.dumps(plain), "job.json")

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 from dtl.core.errors import DtlError, FormatError, VerificationError
-from dtl.core.files import canonical_json, documents, ledger, tensors
+from dtl.core.files import canonical_json, job_file, key_file, ledger, tensors
 from dtl.core.files.atomic import read_file, read_start
 from dtl.core.files.closing import Close, Reveal, kind_of
 from dtl.core.files.container import Container, is_container
-from dtl.core.files.documents import Job
 from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
+from dtl.core.files.job_file import Job
 from dtl.core.files.shards import is_shard, load_shard
 from dtl.core.parallel import Work
 from dtl.core.progress import ProgressCallback, silent
@@ -36,7 +36,7 @@ def inspect(path: Path, job: Job | None, progress: ProgressCallback = silent) ->
 
 
 def _document(path: Path, job: Job | None) -> Description:
-    data = read_file(path, documents.MAX_DOCUMENT_BYTES)
+    data = read_file(path, job_file.MAX_DOCUMENT_BYTES)
     if ledger.is_ledger(data):
         return _ledger(path, data)
     parsed = canonical_json.loads(data, str(path))
@@ -47,13 +47,13 @@ def _document(path: Path, job: Job | None) -> Description:
             return _signed(Close.decode(data, str(path)), job)
         case {"kind": "reveal"}:
             return _signed(Reveal.decode(data, str(path)), job)
-    pins, rest = documents.split_key(data, str(path))
+    pins, rest = key_file.split_key(data, str(path))
     return {
         "file": "key (secret)",
         "owner": pins.name,
         "job": pins.job,
         "ledger": pins.ledger or "none",
-        "passphrase": "boxed" if documents.is_boxed(rest) else "none: the file is in clear",
+        "passphrase": "boxed" if key_file.is_boxed(rest) else "none: the file is in clear",
     }
 
 

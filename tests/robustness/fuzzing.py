@@ -26,7 +26,7 @@ from functools import partial
 from pathlib import Path
 
 from dtl.cli import app
-from dtl.core.files.documents import Key
+from dtl.core.files.key_file import Key
 from tests.robustness import mutations
 from tests.robustness.faults import hidden, new_place
 from tests.robustness.leaks import Needles

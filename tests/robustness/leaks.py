@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from dtl.core.files.documents import Key, KgcSecrets, ParticipantSecrets, ServerSecrets
+from dtl.core.files.key_file import Key, KgcSecrets, ParticipantSecrets, ServerSecrets
 
 SHORTEST = 12  # bytes: what is shorter stands somewhere by chance
 

@@ -16,7 +16,7 @@ from typing import Any
 from dtl.core.crypto import primitives
 from dtl.core.files import canonical_json
 from dtl.core.files.container import file_digest
-from dtl.core.files.documents import signed_digest
+from dtl.core.files.job_file import signed_digest
 from dtl.core.files.safetensors import build_header
 
 Mutation = Callable[[Random, bytes], bytes]

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dtl.core.crypto import primitives
-from dtl.core.files import canonical_json, documents, ledger, sealed
-from dtl.core.files.documents import Job, Key
+from dtl.core.files import canonical_json, key_file, ledger, sealed
 from dtl.core.files.headers import ReleaseHeader
+from dtl.core.files.job_file import Job
+from dtl.core.files.key_file import Key
 from tests.vectors.scenarios import FOUR, PASSPHRASE, PRESENT, SPECS, tensors
 from tests.vectors.scene import Changes, Edit, Json, Scene, Tensors, drop, joined, outer, put
 
@@ -1031,7 +1032,7 @@ def _box(scene: Scene) -> bytes:
     derived, commit = primitives._box_keys(PASSPHRASE.rstrip(b"\n"), salt)
     aad = primitives.fields("dtl/v1/key", public)
     data = primitives.seal_chunk(derived, 0, True, key.secrets.encode(), aad)
-    box = documents.Box(salt=salt, commit=commit, sealed=data)
+    box = key_file.Box(salt=salt, commit=commit, sealed=data)
     return canonical_json.dumps(key.pins.plain() | {"box": box.plain()})
 
 

@@ -11,8 +11,9 @@ from dtl.core.crypto.residues import Bytes, to_integers
 from dtl.core.files import sealed
 from dtl.core.files.closing import load_signed
 from dtl.core.files.container import PROOF, RESIDUES, Container
-from dtl.core.files.documents import Job, Key, ParticipantSecrets
 from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
+from dtl.core.files.job_file import Job
+from dtl.core.files.key_file import Key, ParticipantSecrets
 from dtl.core.files.ledger import Ledger, UploadEntry
 from dtl.core.files.tensors import VectorDigest, checked_initial_digest, open_tensors
 from dtl.core.roles.participant.basis import Basis, mask_keys, round_key

@@ -15,8 +15,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dtl.core.errors import FormatError, QuorumError, VerificationError
 from dtl.core.files.atomic import machine_errors, read_file, remove_second_names, write_file
 from dtl.core.files.container import Container
-from dtl.core.files.documents import SERVER, Job, Key
 from dtl.core.files.headers import AnyHeader, ReleaseHeader, read_header
+from dtl.core.files.job_file import SERVER, Job
+from dtl.core.files.key_file import Key
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensors import open_tensors
 from dtl.core.learning import mlp, split

@@ -11,7 +11,7 @@ from dtl.core import defaults
 from dtl.core.crypto.primitives import hash_fields
 from dtl.core.encoding.fixed_point import Rounding, Stochastic, nearest
 from dtl.core.errors import UsageError
-from dtl.core.files.documents import MAX_PARTICIPANTS
+from dtl.core.files.job_file import MAX_PARTICIPANTS
 from dtl.core.learning.mlp import LocalTraining, check_hidden, check_seed
 from dtl.core.learning.optimizers import Optimizer, make_optimizer
 from dtl.core.learning.split import SplitOptions

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from dtl.core.files.documents import SERVER
+from dtl.core.files.job_file import SERVER
 from dtl.core.files.ledger import AggregateEntry, Ledger, OpenEntry
 from dtl.core.learning import split
 from dtl.core.learning.simulation.baselines import Baselines

@@ -6,7 +6,7 @@ from dtl.core.crypto import masks
 from dtl.core.errors import (
     NotAllowedError,
 )
-from dtl.core.files.documents import Key, ParticipantSecrets
+from dtl.core.files.key_file import Key, ParticipantSecrets
 
 
 @dataclass(frozen=True)

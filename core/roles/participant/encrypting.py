@@ -22,13 +22,14 @@ from dtl.core.errors import (
 from dtl.core.files import tensors
 from dtl.core.files.atomic import AtomicOutput, check_output, finish, pending_files
 from dtl.core.files.container import PROOF, RESIDUES, Container, ContainerWriter
-from dtl.core.files.documents import Job, Key
 from dtl.core.files.headers import (
     UploadHeader,
     check_same_shapes,
     now,
     read_header,
 )
+from dtl.core.files.job_file import Job
+from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensors import TensorFile

@@ -18,12 +18,12 @@ from dtl.core.errors import (
 )
 from dtl.core.files import sealed
 from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, check_output
-from dtl.core.files.documents import Key, ParticipantSecrets
 from dtl.core.files.headers import (
     Grant,
     ReleaseHeader,
     ResultHeader,
 )
+from dtl.core.files.key_file import Key, ParticipantSecrets
 from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensor_writer import TensorWriter, check_suffix

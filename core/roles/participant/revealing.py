@@ -11,10 +11,10 @@ from dtl.core.errors import (
 )
 from dtl.core.files.atomic import AtomicOutput, check_output
 from dtl.core.files.closing import Close, Reveal
-from dtl.core.files.documents import Key
 from dtl.core.files.headers import (
     now,
 )
+from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import Ledger, OpenEntry, RevealEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.public import results

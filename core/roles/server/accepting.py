@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dtl.core.errors import DtlError, FormatError, NotAllowedError, QuorumError
-from dtl.core.files.documents import Job, Key
+from dtl.core.files.job_file import Job
+from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import AggregateEntry, CloseEntry, Ledger
 from dtl.core.parallel import Work
 from dtl.core.public import results, uploads

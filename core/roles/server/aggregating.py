@@ -11,8 +11,9 @@ from dtl.core.files import canonical_json
 from dtl.core.files.atomic import AtomicOutput, check_output
 from dtl.core.files.closing import Close, Reveal
 from dtl.core.files.container import RESIDUES, ContainerWriter
-from dtl.core.files.documents import SERVER, Job, Key
 from dtl.core.files.headers import ResultHeader, now
+from dtl.core.files.job_file import SERVER, Job
+from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import AggregateEntry, CloseEntry, Ledger
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import results

@@ -7,8 +7,9 @@ from pathlib import Path
 from dtl.core.errors import NotAllowedError, UsageError
 from dtl.core.files.atomic import AtomicOutput, check_output
 from dtl.core.files.closing import Close
-from dtl.core.files.documents import SERVER, Key
 from dtl.core.files.headers import Contribution, now
+from dtl.core.files.job_file import SERVER
+from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import AggregateEntry, CloseEntry, Ledger, ReleaseEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import DEFAULT_WORK, Work

@@ -13,8 +13,9 @@ from dtl.core.errors import FormatError, NotAllowedError, UsageError
 from dtl.core.files import sealed
 from dtl.core.files.atomic import AtomicOutput, check_output
 from dtl.core.files.container import SEALED, Container, ContainerWriter, Rows
-from dtl.core.files.documents import SERVER, Job, Key
 from dtl.core.files.headers import Grant, ReleaseHeader, ResultHeader, now, read_header
+from dtl.core.files.job_file import SERVER, Job
+from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import AggregateEntry, Ledger, ReleaseEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import DEFAULT_WORK, Work
