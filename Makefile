@@ -51,7 +51,7 @@ faults: $(VENV)/.test
 SECONDS ?= 60
 SEED ?= 1
 fuzz: $(VENV)/.test .links
-	-$(BIN)/pip install -q --disable-pip-version-check -e '.[fuzz]'
+	-$(BIN)/pip install -q --disable-pip-version-check --only-binary=atheris -e '.[fuzz]'
 	SECONDS=$(SECONDS) SEED=$(SEED) CASE=$(CASE) $(BIN)/python -m tests.robustness.guided
 
 clean:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dtl.core.learning.simulation import charts
 from tests.helpers import Cli
 
 BROWSER = next(
@@ -142,3 +143,13 @@ def test_a_browser_shows_it_without_errors_or_requests(
     assert len(found["charts"]) == 5
     assert min(found["charts"]) >= min(0.8 * width, 400)
     assert found["lines"] == 8
+
+
+@pytest.mark.parametrize(
+    "values",
+    [(0, 0), (0.0, 2.2e-16), (2e-16, 3e-16), (97.2, 97.2), (-1e12, -1e12 + 1e-3), (1e300, 2e300)],
+)
+def test_a_chart_of_what_hardly_differs(values: tuple[float, ...]) -> None:
+    drawn = charts.line_chart({"a": charts.Line("loss", values)}, "", "loss")
+    places = [float(number) for number in re.findall(r"-?[0-9.]+", drawn.split(' d="M')[-1])[:4]]
+    assert all(0 <= place <= charts.WIDTH for place in places)

@@ -32,7 +32,7 @@ from tests.robustness.fuzzing import SIGNED_SHARE, Case, Corpus, Tally, Target
 HEAD = 3  # bytes before the file's
 SIGN, SWAPPED = 1, 2  # flags
 MAX_BYTES = 1 << 20
-KEPT = Path("fuzz-failures")
+KEPT = Path.cwd() / "fuzz-failures"
 
 
 class Guided:
@@ -110,13 +110,9 @@ def _fuzz(guided: Guided, place: Path, seconds: int, seed: int) -> None:
         "artifact_prefix": f"{KEPT}/",
     }
     flags = [f"-{name}={value}" for name, value in options.items()]
-    here = Path.cwd()
-
-    def one(data: bytes) -> None:
-        os.chdir(here)
-        guided.run(data)
-
-    atheris.Setup([sys.argv[0], *flags, str(place / "seeds")], one, custom_mutator=guided.mutate)
+    atheris.Setup(
+        [sys.argv[0], *flags, str(place / "seeds")], guided.run, custom_mutator=guided.mutate
+    )
     atheris.Fuzz()
 
 

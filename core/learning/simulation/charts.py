@@ -13,6 +13,7 @@ WIDTH, HEIGHT = 420, 270
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 34
 _BAR, _GAP, _NAMES = 17, 9, 58
 _GAP_FROM = 4  # narrower cells touch
+_FLAT = 1e-6
 _MIN_CHARS_AFTER = 56  # room for the figure behind a bar
 
 
@@ -137,7 +138,9 @@ def _short(name: str) -> str:
 
 def _ticks(low: float, high: float) -> list[float]:
     """About five round numbers, from below `low` to above `high`."""
-    span = (high - low) or abs(high) or 1.0
+    span = high - low
+    if span < _FLAT * max(1.0, abs(high)):  # ticks would differ by less than a float can tell
+        span = max(abs(high), _FLAT)
     power = 10.0 ** math.floor(math.log10(span / 4))
     step = next(factor * power for factor in (1, 2, 5, 10) if span / (factor * power) <= 5)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
