@@ -6,13 +6,16 @@ import os
 import resource
 import socket
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin
 
 import numpy as np
 import pytest
+from pydantic import FailFast
 
 from dtl.core.files.safetensors import MAX_HEADER_BYTES, build_header
+from dtl.core.files.schema import Document
 from dtl.core.files.shards import Shard, encode_shard, load_shard
 from tests.helpers import Cli, Round, random_arrays
 from tests.robustness.faults import run_child
@@ -42,6 +45,15 @@ def _upload(layout: str) -> bytes:
     return build_header({"dtl": text, "signature": digest}, [("residues", "U8", (0,))])
 
 
+def _close(missing: str) -> bytes:
+    digest = "0" * 128
+    plain: dict[str, object] = {"format": "dtl/v1", "kind": "close", "job": digest, "round": 1}
+    plain |= {"roster": digest, "base": None, "created": "2026-01-01T00:00:00Z", "missing": "@"}
+    plain |= {"signer": "server", "contributors": [], "signature": "A" * 86 + "=="}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":")).replace('"@"', missing)
+    return text.encode()
+
+
 def _archive(member: bytes, method: int = zipfile.ZIP_DEFLATED) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", method) as archive:
@@ -66,6 +78,10 @@ MANY = MAX_HEADER_BYTES // 32
 ARRAY = "{'descr': '<f8', 'fortran_order': %s, 'shape': (%d,), }\n"
 BOMBS: dict[str, Callable[[], bytes]] = {
     "a layout of no tensors": lambda: _upload("[" + "0," * MANY + "0]"),
+    "a shape without end": lambda: _upload(
+        '[{"dtype":"F32","name":"x","shape":[' + "-1," * (MANY // 2) + "1]}]"
+    ),
+    "a close file of nobody": lambda: _close("[" + "0," * MANY + "0]"),
     "a roster of nobody": ('{"participants":[' + "{}," * MANY + "{}]}").encode,
     "many seeds": lambda: json.dumps(
         {"mask_seeds": {f"{n:06}": 0 for n in range(MANY // 4)}}, separators=(",", ":")
@@ -83,6 +99,9 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     ),
     "zeros": lambda: _archive(npy(ARRAY % (True, 1 << 24), bytes(1 << 27))),
     "a long header": lambda: _archive(npy(" " * (1 << 26), b"", 2)),
+    "an array before a zip": lambda: (
+        npy(ARRAY % (False, 1 << 44), b"") + _archive(npy(ARRAY % (False, 9), bytes(72)))
+    ),
     "bzip2": lambda: _archive(npy(ARRAY % (False, 9), bytes(72)), zipfile.ZIP_BZIP2),
 }
 
@@ -140,9 +159,34 @@ def test_sizes_beyond_all_bounds(dtl: Cli, tmp_path: Path) -> None:
     dtl("split-data", "digits", "--participants", "a", "--out", tmp_path / ("a" * 300), code=2)
 
 
-def test_a_shard_that_packs_too_well_is_stored_as_it_is(tmp_path: Path) -> None:
+def test_every_list_ends_its_check_at_the_first_bad_item() -> None:
+    kinds, lists = [Document], 0
+    while kinds:
+        kind = kinds.pop()
+        kinds += kind.__subclasses__()
+        for name, field in kind.model_fields.items():
+            for found in _tuples(field.rebuild_annotation()):
+                lists += 1
+                assert found, f"{kind.__name__}.{name}: use Items"
+    assert lists > 10
+
+
+def _tuples(annotation: Any, marks: tuple[object, ...] = ()) -> Iterator[bool]:
+    """For every list of any length in a type, whether it is marked to fail fast."""
+    inner = get_args(annotation)
+    if get_origin(annotation) is Annotated:
+        yield from _tuples(inner[0], (*marks, *inner[1:]))
+        return
+    if get_origin(annotation) is tuple and Ellipsis in inner:
+        yield any(isinstance(mark, FailFast) for mark in marks)
+    for part in inner:
+        if part is not Ellipsis:
+            yield from _tuples(part)
+
+
+@pytest.mark.parametrize("rows", [4_913_961, 9_000_000])  # just too well: the headers count
+def test_a_shard_that_packs_too_well_is_stored_as_it_is(rows: int, tmp_path: Path) -> None:
     path = tmp_path / "zeros.npz"
-    rows = 9_000_000
     path.write_bytes(
         encode_shard(Shard(np.zeros((rows, 1)), np.arange(rows) % 2, np.array(["a", "b"])))
     )

@@ -133,9 +133,12 @@ class AtomicOutput:
     def __enter__(self) -> Self:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            with machine_errors(self.path):
-                self.descriptor = os.open(self._temporary, flags, self._mode)
-                fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+            while self.descriptor < 0:
+                with machine_errors(self.path):
+                    self.descriptor = os.open(self._temporary, flags, self._mode)
+                    fcntl.flock(self.descriptor, fcntl.LOCK_EX)
+                if not os.fstat(self.descriptor).st_nlink:  # taken for a leftover before the lock
+                    self._close()
         except BaseException:  # an interruption too
             self._temporary.unlink(missing_ok=True)
             self._close()
@@ -168,13 +171,23 @@ class AtomicFolder:
         _remove_leftovers(self.path)
         self.temporary = _temporary_name(self.path)
         with machine_errors(path):
-            self.temporary.mkdir(mode=0o700)
-            try:
-                self._lock = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                fcntl.flock(self._lock, fcntl.LOCK_EX)
-            except BaseException:
-                self.temporary.rmdir()
-                raise
+            while not self._begin():  # taken for a leftover before it was locked
+                pass
+
+    def _begin(self) -> bool:
+        self.temporary.mkdir(mode=0o700)
+        try:
+            self._lock = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+        except FileNotFoundError:
+            return False
+        except BaseException:
+            self.temporary.rmdir()
+            raise
+        if os.fstat(self._lock).st_nlink:
+            return True
+        os.close(self._lock)
+        return False
 
     def commit(self) -> None:
         """Give the finished folder its name."""
@@ -280,29 +293,51 @@ def finish(path: Path, digest: bytes, force: bool) -> bool:
 def place(finished: Path, path: Path, force: bool) -> None:
     """Rename a finished file to its name; without `force` never over an existing one.
 
-    Where the name cannot be made durable, it is taken back.
+    Where the name cannot be made durable, it is taken back, and what it replaced put back.
     """
     if force:
-        finished.replace(path)
-    else:
-        try:
-            os.link(finished, path, follow_symlinks=False)
-        except FileExistsError:
+        _replace(finished, path)
+        return
+    try:
+        os.link(finished, path, follow_symlinks=False)
+    except FileExistsError:
+        raise _exists(path) from None
+    except OSError:  # a file system without hard links
+        if path.exists():
             raise _exists(path) from None
-        except OSError:  # a file system without hard links
-            if path.exists():
-                raise _exists(path) from None
-            finished.rename(path)
-        else:
-            try:
-                fsync_folder(path.parent)
-            except BaseException:  # `finished` is still there: nothing is lost
-                path.unlink()
-                raise
-            with suppress(OSError):  # the next command with this output removes it
-                finished.unlink()
-            return
-    fsync_folder(path.parent)
+        _replace(finished, path)
+        return
+    try:
+        fsync_folder(path.parent)
+    except BaseException:  # `finished` is still there: nothing is lost
+        path.unlink()
+        raise
+    with suppress(OSError):  # the next command with this output removes it
+        finished.unlink()
+
+
+def _replace(finished: Path, path: Path) -> None:
+    old, undo = _temporary_name(path), True
+    try:
+        os.link(path, old, follow_symlinks=False)
+    except FileNotFoundError:
+        pass
+    except OSError:  # without hard links, what is replaced is gone
+        undo = False
+    try:
+        finished.replace(path)
+        fsync_folder(path.parent)
+    except BaseException:
+        if undo and not finished.exists():
+            path.rename(finished)
+            with suppress(FileNotFoundError):  # there was nothing
+                old.replace(path)
+        raise
+    finally:
+        with suppress(OSError):
+            old.unlink(missing_ok=True)
+    with suppress(OSError):  # two names of one file are not made one by `replace`
+        finished.unlink(missing_ok=True)
 
 
 def check_output(path: Path, force: bool) -> None:

@@ -11,7 +11,7 @@ from dtl.core.files import canonical_json
 from dtl.core.files.atomic import read_file
 from dtl.core.files.headers import Contribution, Header
 from dtl.core.files.job_file import MAX_DOCUMENT_BYTES, Job, signed_digest
-from dtl.core.files.schema import Digest, Key32, Name, Round, Signature
+from dtl.core.files.schema import Digest, Items, Key32, Name, Round, Signature
 
 
 class SignedDocument(Header):
@@ -61,8 +61,8 @@ class Close(SignedDocument):
 
     kind: Literal["close"]
     signer: Literal["server"]
-    contributors: tuple[Contribution, ...]
-    missing: tuple[Name, ...]
+    contributors: Items[Contribution]
+    missing: Items[Name]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -26,7 +26,7 @@ class TensorSpec(Document):
 
     name: Annotated[str, Field(min_length=1, max_length=MAX_NAME_BYTES)]
     shape: Annotated[
-        tuple[Annotated[int, Field(ge=0, lt=1 << 48)], ...], Field(max_length=MAX_DIMENSIONS)
+        Items[Annotated[int, Field(ge=0, lt=1 << 48)]], Field(max_length=MAX_DIMENSIONS)
     ]
     dtype: Literal["F16", "BF16", "F32", "F64"]
 

@@ -24,7 +24,7 @@ from dtl.core.files import canonical_json
 from dtl.core.files.atomic import machine_errors
 from dtl.core.files.job_file import MAX_DOCUMENT_BYTES
 from dtl.core.files.key_file import Key
-from dtl.core.files.schema import Digest, Document, Identifier, Name, Round, Timestamp
+from dtl.core.files.schema import Digest, Document, Identifier, Items, Name, Round, Timestamp
 
 _LINK = "link"
 
@@ -56,7 +56,7 @@ class OpenEntry(Document):
     result: Digest
     parent: Digest | None
     opened: Digest
-    admitted: tuple[Name, ...]
+    admitted: Items[Name]
 
 
 class RevealEntry(Document):
@@ -101,8 +101,8 @@ class ReleaseEntry(Document):
     round: Round
     base: Digest | None
     result: Digest
-    grants: tuple[Name, ...]
-    admitted: tuple[Name, ...]
+    grants: Items[Name]
+    admitted: Items[Name]
 
 
 _ENTRIES: dict[str, type[Document]] = {
@@ -159,7 +159,8 @@ def _read_lines(file: IO[bytes], what: str) -> tuple[list[Document], str, int]:
         if len(read) > MAX_DOCUMENT_BYTES:
             raise VerificationError(f"{place}: damaged: more than {MAX_DOCUMENT_BYTES} bytes")
         line = read.removesuffix(b"\n")
-        if line is read and entries and _is_torn(line):  # behind the last line end; no head
+        behind = not read.endswith(b"\n")  # the last line end
+        if behind and entries and _is_torn(line):  # the head is never torn
             break
         try:
             plain = canonical_json.loads(line, place)

@@ -20,6 +20,7 @@ from dtl.core.files.atomic import open_regular
 from dtl.core.files.npz import check_archive, may_unpack, read_array_header
 
 MIN_CLASSES = 2
+_ZIP_MAGIC = b"PK"
 
 
 @dataclass(frozen=True)
@@ -50,11 +51,11 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
     file = os.fdopen(open_regular(path), "rb")
     try:
         with file:
+            if file.read(len(_ZIP_MAGIC)) != _ZIP_MAGIC:  # numpy goes by it, zipfile does not
+                raise FormatError(f"{path}: expected an .npz file")
             _check_sizes(file, path)
             file.seek(0)
             loaded = np.load(file)
-            if not isinstance(loaded, np.lib.npyio.NpzFile):
-                raise FormatError(f"{path}: expected an .npz file")
             return {name: loaded[name] for name in loaded.files}
     except (DtlError, MemoryError):
         raise
@@ -102,7 +103,9 @@ def encode_shard(shard: Shard) -> bytes:
     """The bytes of a shard's file: the same for the same samples."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, x=shard.x, y=shard.y, classes=shard.classes)
-    if not may_unpack(buffer.tell(), shard.x.nbytes + shard.y.nbytes + shard.classes.nbytes):
+    with zipfile.ZipFile(buffer) as archive:
+        unpacked = sum(member.file_size for member in archive.infolist())
+    if not may_unpack(len(buffer.getvalue()), unpacked):
         buffer = io.BytesIO()
         np.savez(buffer, x=shard.x, y=shard.y, classes=shard.classes)
     return buffer.getvalue()

@@ -115,8 +115,8 @@ def aggregate(given: Given) -> None:
         require(not job.body["masks"] or digests.keys() == set(job.names), 6, "somebody is missing")
         return
     _check_close(job, close, uploads, digests)
-    for entry in find(entries, "close", round=round_):
-        require(entry["digest"] == close.digest.hex(), 3, "not the close file of the round")
+    closed = [entry["digest"] for entry in find(entries, "close", round=round_)]
+    require(closed[:1] == [close.digest.hex()], 3, "not the close file of the round")
     for reveal in reveals:
         require(reveal.body["close"] == close.digest.hex(), 3, "a reveal of another close file")
     results.orphaned(job, close.body["missing"], uploads, reveals, 6)

@@ -710,6 +710,13 @@ def ledgers() -> Iterator[Fault]:
         lambda scene: {"job/server.ledger": _relinked(scene, "server", _closed_without)},
     )
     yield Fault(
+        "ledger-before-close",
+        "an early copy of the ledger, which does not know the close file",
+        FIRST,
+        3,
+        lambda scene: {"job/server.ledger": _before_close(scene.lines("server"))},
+    )
+    yield Fault(
         "ledger-released-other",
         "says that another result of the round was released",
         "release-model sum-1.enc --key job/server.key -o out",
@@ -1062,6 +1069,11 @@ def _relinked(scene: Scene, name: str, edit: Callable[[list[Json]], object]) -> 
     entries = _entries(scene.lines(name))
     edit(entries)
     return b"".join(_linked(entries))
+
+
+def _before_close(lines: list[bytes]) -> bytes:
+    closes = [number for number, line in enumerate(lines) if b'"event":"close"' in line]
+    return b"".join(lines[: closes[0]])
 
 
 def _ledger_round(lines: list[bytes]) -> list[bytes]:

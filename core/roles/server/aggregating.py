@@ -151,7 +151,7 @@ def _orphans(
     close = closing.close
     results.check_close(job, close, accepted, closing.path)
     closed = ledger.find(CloseEntry, round=close.round)
-    if closed and closed[0].digest != close.digest:
+    if not closed or closed[0].digest != close.digest:
         raise FormatError(f"{closing.path}: not the close file of round {close.round}")
     here = digests_of(accepted)
     for name, digest in here.items():
