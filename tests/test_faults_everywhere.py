@@ -1,5 +1,6 @@
 """A sample of what `make faults` and `make fuzz` do, and the faults that have their own story."""
 
+import fcntl
 import os
 import random
 import resource
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from dtl.core.files import ledger
+from dtl.core.files import atomic, ledger
 from dtl.core.files.ledger import ReleaseEntry
 from tests.robustness import faults
 from tests.robustness.faults import check_case, check_recovers, run_child
@@ -311,3 +312,64 @@ def test_the_content_key_of_a_release_stays_inside(
     monkeypatch.chdir(folder)
     assert app.run(command(stage.step.words)) == 0
     assert not [p for p in folder.rglob("*") if p.is_file() and needles.find(p.read_bytes())]
+
+
+@pytest.mark.parametrize("mode", ["kill", "full", "broken", "interrupt"])
+def test_what_force_replaces_stays_until_it_is_replaced(
+    mode: str, job: Scenario, place: Path
+) -> None:
+    stage, folder, old = job.stage("open-model"), place / "case", b"what was there"
+    words, out = (*stage.step.words, "--force"), folder / stage.step.output
+
+    def begin() -> None:
+        stage.copy(folder)
+        out.write_bytes(old)
+
+    begin()
+    counted = run_child(folder, words, prepare=lambda: faults._installed(faults.Fault(mode, 0)))
+    assert counted.code == 0, counted.printed
+    whole, last = out.read_bytes(), len(counted.calls)
+    assert whole != old
+    for at in range(last - 8, last + 1):
+        begin()
+        fault = faults.Fault(mode, at)
+        ended = run_child(folder, words, prepare=partial(faults._installed, fault))
+        assert out.read_bytes() in (old, whole), f"{mode} at {at}"
+        if mode in ("full", "broken"):
+            assert (out.read_bytes() == whole) == (ended.code == 0), f"{mode} at {at}"
+        again = run_child(folder, words, *stage.step.accept)
+        assert again.code == 0, again.printed
+        assert out.read_bytes() == whole
+        assert not faults.hidden(folder)
+
+
+def test_two_commands_with_one_output_do_not_clean_each_other_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = fcntl.flock
+    met: list[int] = []
+
+    def flock(descriptor: int, kind: int) -> None:
+        if not met:  # another command comes before the lock
+            met.append(descriptor)
+            atomic._remove_leftovers(tmp_path / "out")
+        original(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    atomic.write_file(tmp_path / "out", b"whole")
+    assert (tmp_path / "out").read_bytes() == b"whole"
+    met.clear()
+    with atomic.AtomicFolder(tmp_path / "folder") as staging:
+        (staging.temporary / "file").write_bytes(b"whole")
+        staging.commit()
+    assert (tmp_path / "folder" / "file").read_bytes() == b"whole"
+    assert not faults.hidden(tmp_path)
+
+
+def test_force_completes_a_sealed_output_whose_two_names_are_left(tmp_path: Path) -> None:
+    digest = bytes(range(64))
+    pending = atomic.pending_path(tmp_path / "out", digest)
+    pending.write_bytes(b"whole")
+    os.link(pending, tmp_path / "out")
+    assert atomic.finish(tmp_path / "out", digest, force=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
