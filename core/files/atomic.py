@@ -317,27 +317,29 @@ def place(finished: Path, path: Path, force: bool) -> None:
 
 
 def _replace(finished: Path, path: Path) -> None:
-    old, undo = _temporary_name(path), True
+    old: Path | None = _temporary_name(path)
+    undo = True
     try:
-        os.link(path, old, follow_symlinks=False)
-    except FileNotFoundError:
-        pass
-    except OSError:  # without hard links, what is replaced is gone
-        undo = False
+        os.link(path, str(old), follow_symlinks=False)
+    except OSError as error:
+        old = None  # there is nothing; or no hard links, and then what is replaced is gone
+        undo = error.errno == errno.ENOENT
     try:
         finished.replace(path)
         fsync_folder(path.parent)
     except BaseException:
         if undo and not finished.exists():
             path.rename(finished)
-            with suppress(FileNotFoundError):  # there was nothing
+            if old is not None:
                 old.replace(path)
         raise
     finally:
+        if old is not None:
+            with suppress(OSError):  # the next command with this output removes it
+                old.unlink(missing_ok=True)
+    if finished.exists():  # `replace` does not make one of two names of one file
         with suppress(OSError):
-            old.unlink(missing_ok=True)
-    with suppress(OSError):  # two names of one file are not made one by `replace`
-        finished.unlink(missing_ok=True)
+            finished.unlink()
 
 
 def check_output(path: Path, force: bool) -> None:
