@@ -1,5 +1,6 @@
 """`dtl flower-config`: writes what a run with Flower needs."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -73,14 +74,23 @@ def flower_config(
 ) -> None:
     """Write the Flower app of a job, for the server: its files, its rounds, how to train."""
     from dtl.cli import options
+    from dtl.core.files.atomic import read_start
     from dtl.core.flower import config
+    from dtl.core.learning import mlp
+    from dtl.core.public import results
 
+    mlp.LocalTraining(local_epochs, batch_size, local_lr, seed)  # refuses what cannot be
+    _check_seconds("--round-timeout", round_timeout)
+    _check_seconds("--start-timeout", start_timeout)
     opened = options.open_key(key, job, passphrase_file)
     opened.require("server")
     manual = options.names(by_hand, "--by-hand") if by_hand is not None else []
     unknown = sorted(set(manual) - set(opened.job.names))
     if unknown:
         raise UsageError(f"--by-hand: not in this job's roster: {', '.join(unknown)}")
+    results.start_from_weights(opened.job, initial)
+    if root_certificates:
+        read_start(root_certificates, 1)
     settings: dict[str, config.Value | None] = {
         "key": str(key.absolute()),
         "job": str(options.job_path(job, key).absolute()),
@@ -99,3 +109,8 @@ def flower_config(
     }
     config.write_config(folder, settings, config.Connection(superlink, root_certificates))
     Output(json, quiet).show(folder=str(folder), rounds=rounds, run=f"dtl flower run {folder}")
+
+
+def _check_seconds(option: str, seconds: float) -> None:
+    if not 0 < seconds < math.inf:  # a NaN is neither
+        raise UsageError(f"{option}: expected a number of seconds above 0, found {seconds:g}")

@@ -3,6 +3,9 @@
 Tasks go to Dask directly rather than through joblib's bridge, which waits for ever when a task
 fails outside of its function, and copies arrays to workers whose death then loses them. What a
 task reads, it reads from a shared file system.
+
+Scheduler and workers are trusted: what they compute is not computed again here, and Dask
+unpickles what they answer, so that they can run code as whoever runs the command.
 """
 
 import logging
@@ -28,6 +31,7 @@ LOOK_SECONDS = 10  # after so long without an answer, see whether there are work
 _ADDRESS = re.compile(r"(tcp|tls)://[^/\s]+:[0-9]{1,5}")
 _ENCRYPTED = "tls://"
 _SAFE = (_ENCRYPTED, "tcp://127.0.0.1:")  # where secrets may go
+_SHARED = "workers read the same files under the same names: they need a shared file system"
 _CERTIFICATES = "Dask reads its certificates from DASK_DISTRIBUTED__COMM__TLS__... variables"
 
 
@@ -40,7 +44,12 @@ class _Call:
 
 def _run(call: _Call) -> Any:
     function, task = pickle.loads(call.data)  # noqa: S301  (workers run what clients send anyway)
-    return function(*task)
+    try:
+        return function(*task)
+    except OSError as error:  # by itself it would pass for a failure of the connection
+        what = error.filename or function.__name__
+        reason = error.strerror.lower() if error.strerror else type(error).__name__
+        raise DtlError(f"{what}: {reason}") from None
 
 
 def _versions() -> tuple[str, str]:
@@ -56,17 +65,25 @@ def _spills() -> bool:
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster to send tasks to; `secrets` says whether tasks that hold secrets may go there."""
+    """A cluster to send tasks to; `secrets` says whether tasks that hold secrets may go there.
+
+    Then all tasks go to the workers that were `checked`, and to none that joins later.
+    """
 
     address: str
     secrets: bool
     client: Any = field(repr=False)
+    checked: tuple[str, ...] = ()
 
     @property
     def threads(self) -> int:
         """How many tasks run at once."""
+        return max(1, sum(self._workers().values()))
+
+    def _workers(self) -> dict[str, int]:
+        """The threads of the workers that tasks may go to."""
         found: dict[str, int] = self.client.nthreads()
-        return max(1, sum(found.values()))
+        return {name: n for name, n in found.items() if not self.secrets or name in self.checked}
 
     def submit(
         self, function: Callable[..., Result], task: tuple[object, ...]
@@ -76,7 +93,10 @@ class Cluster:
         A worker that dies is none: its tasks begin again on another one.
         """
         call = _Call(pickle.dumps((function, task)))
-        future = self.client.submit(_run, call, pure=False)
+        workers = list(self.checked) if self.secrets else None
+        future = self.client.submit(
+            _run, call, pure=False, workers=workers, allow_other_workers=False
+        )
         return lambda: self._result(future)
 
     def _result(self, future: Any) -> Any:
@@ -91,20 +111,21 @@ class Cluster:
                 except TimeoutError:
                     # One that died may be on its way back: Dask starts it again.
                     self.client.wait_for_workers(1, timeout=CONNECT_SECONDS)
-                    if time.monotonic() > deadline:
+                    if time.monotonic() > deadline or not self._workers():
                         raise
         except TimeoutError:
-            raise DtlError(f"{self.address}: no worker answers any more") from None
+            which = "no worker that was checked" if self.secrets else "no worker"
+            raise DtlError(f"{self.address}: {which} answers any more") from None
         except KilledWorker:
             raise DtlError(
                 f"{self.address}: several workers died of one task",
                 "perhaps they ran out of memory: give each fewer threads",
             ) from None
-        except UsageError as error:  # a file that is here, and not there
-            raise DtlError(
-                f"{self.address}: on a worker: {error.message}",
-                "workers read the same files under the same names: they need a shared file system",
-            ) from None
+        except DtlError as error:
+            if error.exit_code > UsageError.exit_code:  # wrong in itself, wherever it is found
+                raise
+            hint = _SHARED if isinstance(error, UsageError) else error.hint
+            raise DtlError(f"{self.address}: on a worker: {error.message}", hint) from None
         except (FutureCancelledError, OSError):
             raise DtlError(f"{self.address}: the scheduler does not answer any more") from None
 
@@ -134,14 +155,9 @@ def connect(address: str, secrets: bool) -> Iterator[Cluster]:
     with _begin(Client, address) as client:
         _check(client, address)
         if secrets:
-            for place in (client.scheduler_info()["address"], *client.nthreads()):
-                _check_safe(address, place)
-            if any(client.run(_spills).values()):
-                raise UsageError(
-                    f"{address}: secrets go only to workers that never write memory to disk",
-                    "start them with DASK_DISTRIBUTED__WORKER__MEMORY__SPILL=False",
-                )
-        yield Cluster(address, secrets, client)
+            yield Cluster(address, True, client, _check_workers(client, address))
+        else:
+            yield Cluster(address, False, client)
 
 
 def _begin(client: Callable[..., Any], address: str) -> Any:
@@ -174,6 +190,19 @@ def _check_safe(address: str, place: str) -> None:
         raise UsageError(
             f"{address}: {where}secrets go to other machines by tls:// only", _CERTIFICATES
         )
+
+
+def _check_workers(client: Any, address: str) -> tuple[str, ...]:
+    """The workers that are there; UsageError unless secrets may go to all of them."""
+    spilling: dict[str, bool] = client.run(_spills)
+    for place in (client.scheduler_info()["address"], *spilling):
+        _check_safe(address, place)
+    if any(spilling.values()):
+        raise UsageError(
+            f"{address}: secrets go only to workers that never write memory to disk",
+            "start them with DASK_DISTRIBUTED__WORKER__MEMORY__SPILL=False",
+        )
+    return tuple(spilling)
 
 
 def _check_certificates(address: str) -> None:

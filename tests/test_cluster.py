@@ -26,6 +26,11 @@ from tests.network import make_certificate
 NewRound = Callable[..., Round]
 LOOPBACK = ("--host", "127.0.0.1", "--dashboard-address", "127.0.0.1:0")
 SECONDS = 60
+TASK_ERRORS = {
+    "TimeoutError": "exec: TimeoutError",
+    "ConnectionResetError(104, 'Connection reset')": "exec: connection reset",
+    "PermissionError(13, 'Permission denied', '/x')": "/x: permission denied",
+}
 
 
 def start(folder: Path, *arguments: str, **settings: str) -> subprocess.Popen[bytes]:
@@ -152,6 +157,12 @@ def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
             lost = cluster.submit(Rows(Path("/only-here/x"), 0, 1, ()).read, (0, 1))
             with pytest.raises(DtlError, match="on a worker: /only-here/x: no such file"):
                 lost()
+            # What fails in a task is no failure of the connection.
+            for error, told in TASK_ERRORS.items():
+                failed = cluster.submit(exec, (f"raise {error}",))
+                with pytest.raises(DtlError, match=f"{address}: on a worker: {told}") as raised:
+                    failed()
+                assert raised.value.hint is None
     with Container(uploads[0]) as container:
         assert container.tensors[RESIDUES].shape[0] > 1
 
@@ -163,6 +174,31 @@ def test_secrets_go_to_no_worker_that_may_write_them_to_disk(tmp_path: Path) -> 
         connect(address, secrets=True),
     ):
         pass
+
+
+def test_secrets_go_to_no_worker_that_came_after_the_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dtl.core.cluster.LOOK_SECONDS", 2)
+    no_spill = {"DASK_DISTRIBUTED__WORKER__MEMORY__SPILL": "False"}
+    with (
+        cluster_of(tmp_path, **no_spill) as (address, checked),
+        connect(address, secrets=True) as cluster,
+    ):
+        named = ("--scheduler-file", str(tmp_path / "scheduler.json"))
+        late = start(tmp_path, "worker", *named, "--no-nanny", "--nthreads", "4")
+        try:
+            cluster.client.wait_for_workers(3, timeout=SECONDS)
+            assert cluster.threads == 2
+            tasks = [cluster.submit(os.getpid, ()) for _ in range(24)]
+            assert {task() for task in tasks} <= set(checked)
+            for process in checked:
+                os.kill(process, signal.SIGKILL)
+            with pytest.raises(DtlError, match="no worker that was checked answers any more"):
+                cluster.submit(os.getpid, ())()
+        finally:
+            late.kill()
+            late.wait()
 
 
 def test_secrets_go_by_tls_with_the_certificates_that_dask_is_configured_with(
@@ -242,8 +278,8 @@ def test_secrets_go_to_no_worker_in_clear_though_the_scheduler_is_here(
         def scheduler_info(self) -> dict[str, str]:
             return {"address": "tcp://127.0.0.1:8786"}
 
-        def nthreads(self) -> dict[str, int]:
-            return {"tcp://127.0.0.1:5": 1, "tcp://10.0.0.2:5": 1}
+        def run(self, function: object) -> dict[str, bool]:
+            return {"tcp://127.0.0.1:5": False, "tcp://10.0.0.2:5": False}
 
     monkeypatch.setattr(distributed, "Client", Client)
     monkeypatch.setattr("dtl.core.cluster._check", lambda client, address: None)

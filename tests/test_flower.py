@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from dtl.core.errors import DtlError, QuorumError, UsageError
+from dtl.core.files.closing import Reveal
 from dtl.core.flower.node import Node
 from dtl.core.flower.rounds import CONTRIBUTE, RELEASE, REVEAL, Conductor, Plan
 from tests.helpers import Cli, Result, Round
@@ -235,6 +236,149 @@ def test_somebody_without_a_node_works_by_hand(
     assert party.manifest(2)["contributions"]["d"] == 2
 
 
+HandClock = Callable[[Callable[[int], None]], None]
+
+
+@pytest.fixture
+def hand_clock(monkeypatch: pytest.MonkeyPatch) -> HandClock:
+    """A clock that stands still but when the server waits: then a hand acts, and a second goes."""
+
+    def set_hand(act: Callable[[int], None]) -> None:
+        seconds = 0
+
+        def sleep(_: float) -> None:
+            nonlocal seconds
+            seconds += 1
+            act(seconds)
+
+        clock = SimpleNamespace(monotonic=lambda: seconds, sleep=sleep)
+        monkeypatch.setattr("dtl.core.flower.rounds.time", clock)
+
+    return set_hand
+
+
+def test_files_that_are_copied_in_pieces_count_when_they_are_complete(
+    party: Party, hand_clock: HandClock
+) -> None:
+    d, folder = party.courier.nodes.pop("d"), party.folder / "rounds" / "001"
+    party.courier.absent = {1: "c"}
+    parts: dict[str, list[bytes]] = {}
+
+    def copy(_: int) -> None:
+        """Half a file at a time, the upload and then the reveal."""
+        if (close := folder / "round.close").exists():
+            ending, data = "reveal", d.reveal(1, close.read_bytes())
+        else:
+            first = party.folder / "w0.safetensors"
+            ending, data = "upload", d.contribute(1, first.read_bytes())
+        if ending not in parts:
+            parts[ending] = [data[: len(data) // 2], data[len(data) // 2 :]]
+        if parts[ending]:
+            with (folder / f"d.{ending}").open("ab") as file:
+                file.write(parts[ending].pop(0))
+
+    hand_clock(copy)
+    party.conduct(1, by_hand="d")
+    assert parts == {"upload": [], "reveal": []}
+    assert party.manifest(1)["missing"] == ["c"]
+
+
+@pytest.mark.parametrize("bad", ["half", "another's", "another base", "unreadable"])
+def test_an_upload_by_hand_that_is_no_good_in_time_counts_as_missing_and_stays(
+    party: Party, hand_clock: HandClock, caplog: pytest.LogCaptureFixture, bad: str
+) -> None:
+    d, folder = party.courier.nodes.pop("d"), party.folder / "rounds" / "001"
+    first = (party.folder / "w0.safetensors").read_bytes()
+    laid = folder / "d.upload"
+
+    def lay(second: int) -> None:
+        if second != 1:
+            return
+        if bad == "half":
+            laid.write_bytes(d.contribute(1, first)[:-1])
+        elif bad == "another's":
+            laid.write_bytes((folder / "a.upload").read_bytes())
+        elif bad == "another base":
+            other = party.folder / "w1.safetensors"
+            data = ("--data", party.folder / "shards" / "d.npz", "--hidden", 4, "--seed", 1)
+            party.round.dtl("init-model", *data, "-o", other)
+            laid.write_bytes(d.contribute(1, other.read_bytes()))
+        else:
+            laid.mkdir()
+
+    hand_clock(lay)
+    with caplog.at_level("WARNING", "flwr.dtl"):
+        party.conduct(1, by_hand="d")
+    assert party.manifest(1)["missing"] == ["d"]
+    assert laid.exists()
+    assert f"{laid} does not count: " in caplog.text
+
+
+@pytest.mark.parametrize("bad", ["half", "another's", "another close file"])
+def test_a_reveal_by_hand_that_is_no_good_ends_the_round_and_not_the_run(
+    party: Party, hand_clock: HandClock, caplog: pytest.LogCaptureFixture, bad: str
+) -> None:
+    d, folder = party.courier.nodes["d"], party.folder / "rounds" / "001"
+    party.courier.absent = {1: "cd"}
+    first = (party.folder / "w0.safetensors").read_bytes()
+    laid = folder / "d.reveal"
+
+    def lay(_: int) -> None:
+        if not (close := folder / "round.close").exists():
+            (folder / "d.upload").write_bytes(d.contribute(1, first))
+        elif not laid.exists():
+            data = d.reveal(1, close.read_bytes())
+            if bad == "another's":
+                data = (folder / "a.reveal").read_bytes()
+            elif bad == "another close file":
+                data = made_for_another_close(party, data)
+            laid.write_bytes(data[:-9] if bad == "half" else data)
+
+    hand_clock(lay)
+    with caplog.at_level("WARNING", "flwr.dtl"), pytest.raises(QuorumError, match="is void"):
+        party.conduct(1, by_hand="d")
+    assert "no reveal of d" in (folder / "void").read_text()
+    assert laid.exists()
+    assert f"{laid} does not count: " in caplog.text
+
+
+def made_for_another_close(party: Party, reveal: bytes) -> bytes:
+    """The reveal with another close file's digest, signed by d."""
+    values = Reveal.decode(reveal, "reveal").plain() | {"close": "00" * 64}
+    key = party.round.opened_key("d")
+    return Reveal.signed(key.secrets.sign, **values).encode()
+
+
+def test_a_node_with_an_upload_on_another_base_does_not_end_the_run(party: Party) -> None:
+    other = party.folder / "w1.safetensors"
+    data = ("--data", party.folder / "shards" / "d.npz", "--hidden", 4, "--seed", 1)
+    party.round.dtl("init-model", *data, "-o", other)
+
+    party.courier.nodes["d"].contribute(1, other.read_bytes())  # kept, and sent when asked
+    party.conduct(1)
+    assert party.manifest(1)["missing"] == ["d"]
+
+
+def test_nobody_is_asked_for_an_upload_once_the_round_is_closed(party: Party) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(step: str, name: str, number: int, data: bytes) -> bytes:
+        if step == REVEAL:
+            raise Stop
+        return data
+
+    party.courier.absent = {1: "d"}
+    party.courier.spoil = stop
+    with pytest.raises(Stop):
+        party.conduct(1)
+    party.courier.absent, party.courier.spoil = {}, lambda step, name, number, data: data
+    party.courier.steps.clear()
+    party.conduct(1)
+    assert [step for step, _, _ in party.courier.steps] == [REVEAL, RELEASE]
+    assert party.manifest(1)["missing"] == ["d"]
+
+
 def test_a_node_cannot_deliver_what_another_made(party: Party) -> None:
     made: dict[str, bytes] = {}
 
@@ -351,6 +495,7 @@ def config(round_: Round, *options: object, code: int = 0) -> Result:
 
 def test_the_configuration_of_a_run(new_round: NewRound) -> None:
     round_ = new_round(FOUR, masks=True)
+    make_data(round_.dtl, round_.folder)
     given = ("--local-lr", 0.5, "--registered-only", "--by-hand", "b,c")
     config(round_, *given, "--superlink", "localhost:1")
     app = tomllib.loads((round_.folder / "run" / "app" / "pyproject.toml").read_text())
@@ -368,7 +513,51 @@ def test_the_configuration_of_a_run(new_round: NewRound) -> None:
 
 def test_a_name_that_toml_would_read_otherwise_is_refused(new_round: NewRound) -> None:
     round_ = new_round(FOUR)
-    config(round_, "--superlink", 'x"\nkey = "y', code=2)
+    make_data(round_.dtl, round_.folder)
+    found = config(round_, "--superlink", 'x"\nkey = "y', code=2)
+    assert "cannot stand here" in found.err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code"),
+    [
+        ("--round-timeout", "-5", 2),
+        ("--round-timeout", "nan", 2),
+        ("--start-timeout", "0", 2),
+        ("--start-timeout", "inf", 2),
+        ("--local-epochs", "-3", 2),
+        ("--batch-size", "0", 2),
+        ("--local-lr", "nan", 2),
+        ("--seed", "-1", 2),
+        ("--initial", "nonexisting.safetensors", 2),
+        ("--root-certificates", "nonexisting.pem", 2),
+        ("--initial", "job/job.json", 3),
+        ("--initial", "shards/a.npz", 3),
+        ("--initial", "gradients.safetensors", 3),
+    ],
+)
+def test_a_configuration_that_cannot_be(
+    new_round: NewRound, option: str, value: str, code: int
+) -> None:
+    round_ = new_round(FOUR, masks=True)
+    folder = round_.folder
+    make_data(round_.dtl, folder)
+    data = ("--model", folder / "w0.safetensors", "--data", folder / "shards" / "a.npz")
+    round_.dtl("compute-grads", *data, "-o", folder / "gradients.safetensors")
+    named = option in ("--initial", "--root-certificates")
+    found = config(round_, option, folder / value if named else value, code=code)
+    assert (value if named else option) in found.err
+    assert not (folder / "run").exists()
+
+
+@pytest.mark.parametrize("found", [-1, 0, True, "60", float("nan"), float("inf")])
+def test_a_run_that_was_configured_otherwise_wants_numbers_too(found: object) -> None:
+    pytest.importorskip("flwr")
+    from dtl.core.flower import server
+
+    context: Any = SimpleNamespace(run_config={"round-timeout": found})
+    with pytest.raises(UsageError, match="round-timeout: expected a positive number"):
+        server._number(context, "round-timeout", 1)
 
 
 def test_without_the_extra_the_hint_says_what_to_install(

@@ -7,9 +7,10 @@ there is not made again, so an interrupted run is taken up where it stopped.
 
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,6 +22,7 @@ from dtl.core.files.headers import ReleaseHeader, UploadHeader, read_header
 from dtl.core.files.key_file import Key
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import results, uploads
+from dtl.core.public.results import Start
 from dtl.core.roles import server
 
 CONTRIBUTE, REVEAL, RELEASE = "contribute", "reveal", "release"
@@ -52,7 +54,7 @@ class Plan:
     """What the server is to do: so many rounds, from these initial weights, in this folder.
 
     Those who work by hand have no node: they lay their files into the folder, and `patience`
-    is how many seconds they have for each.
+    is how many seconds they have for each step, until the copy is complete.
     """
 
     folder: Path
@@ -60,6 +62,36 @@ class Plan:
     rounds: int
     by_hand: Collection[str] = ()
     patience: float = 0
+
+
+Check = Callable[[str, Path], None]
+"""Raises a DtlError unless a file is what is expected of the named participant."""
+
+
+@dataclass
+class _Laid:
+    """A file that somebody lays into the folder, perhaps piece by piece."""
+
+    path: Path
+    check: Callable[[Path], None]
+    reason: str = "no such file"
+    _stamp: tuple[int, ...] = ()
+
+    def is_good(self) -> bool:
+        """Whether it passes its check, which is done again only when the file has changed."""
+        stamp: tuple[int, ...] = ()
+        with suppress(OSError):
+            status = self.path.stat()
+            stamp = (status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+        if stamp != self._stamp:
+            self._stamp = stamp
+            try:
+                self.check(self.path)
+            except DtlError as error:
+                self.reason = error.message
+            else:
+                self.reason = ""
+        return not self.reason
 
 
 class Conductor:
@@ -117,7 +149,6 @@ class Conductor:
 
     def _aggregate(self, number: int, folder: Path, result: Path) -> None:
         """Collect uploads and add them up, without those who are missing where need be."""
-        paths = self._collect(CONTRIBUTE, "upload", number, folder, self._granted, self._base)
         key, job, close = self._key, self._key.job, folder / CLOSE
         first = self._base == self._plan.initial
         given = server.Round(
@@ -125,6 +156,11 @@ class Conductor:
             initial=self._base if first else None,
             skip_invalid=True,
         )
+        # Once a round is closed, nobody else is asked: what came now could be opened.
+        names = Close.load(close, job).names if close.exists() else self._granted
+        paths = _files(folder, names, "upload")
+        fits_upload = partial(self._check_upload, number, self._start(given))
+        paths = self._collect(CONTRIBUTE, number, self._base, paths, fits_upload)
         if not close.exists():
             if not job.masks or len(paths) == len(job.participants):
                 try:
@@ -138,10 +174,20 @@ class Conductor:
             if not results.can_close(job, len(paths)):
                 raise QuorumError(f"too few to go on without the others: {', '.join(paths)}")
             server.close_round(key, list(paths.values()), close, work=self._work)
-        paths = {name: paths[name] for name in Close.load(close, job).names}
-        reveals = self._collect(REVEAL, "reveal", number, folder, paths, close)
-        closed = replace(given, skip_invalid=False, close=close, reveals=list(reveals.values()))
-        server.aggregate(key, list(paths.values()), result, closed, work=self._work)
+        closed = Close.load(close, job)
+        reveals = _files(folder, closed.names, "reveal")
+        fits_reveal = partial(self._check_reveal, number, closed)
+        reveals = self._collect(REVEAL, number, close, reveals, fits_reveal)
+        given = replace(given, skip_invalid=False, close=close, reveals=list(reveals.values()))
+        server.aggregate(key, list(paths.values()), result, given, work=self._work)
+
+    def _start(self, given: server.Round) -> Start:
+        """What uploads must be based on."""
+        job = self._key.job
+        if given.model is None:
+            return results.start_from_weights(job, self._base)
+        with ExitStack() as stack:
+            return results.open_result(job, given.model, stack, self._work).start()
 
     def _valid(self, paths: Mapping[str, Path]) -> dict[str, Path]:
         """The uploads that pass every check of their own."""
@@ -161,57 +207,80 @@ class Conductor:
         return valid
 
     def _collect(
-        self,
-        step: str,
-        ending: str,
-        number: int,
-        folder: Path,
-        names: Collection[str],
-        file: Path,
+        self, step: str, number: int, file: Path, paths: Mapping[str, Path], check: Check
     ) -> dict[str, Path]:
-        """Everybody's file of a step, by participant; asked for are those that are not there."""
-        paths = {name: folder / f"{name}.{ending}" for name in sorted(names)}
+        """The files of a step that pass `check`, by participant; asked for are those not there."""
         wanted = [name for name, path in paths.items() if not path.exists()]
         answers = self._courier.ask(step, wanted, number, file) if wanted else iter(())
+        found = set()
         for name, data in answers:
-            received = folder / f".{name}.{ending}.received"
+            received = paths[name].with_name(f".{paths[name].name}.received")
             write_file(received, data, force=True)
             try:
-                self._check_sender(step, name, number, received)
+                check(name, received)
             except DtlError as error:
                 logger.warning("refused what the node of %s delivered: %s", name, error.message)
                 received.unlink()
             else:
-                received.rename(paths[name])
-        self._await(paths[name] for name in names if name in self._plan.by_hand)
-        return {name: path for name, path in paths.items() if path.exists()}
+                if paths[name].exists():  # laid in by hand meanwhile: never overwritten
+                    received.unlink()
+                else:
+                    received.rename(paths[name])
+                    found.add(name)
+        laid = {
+            name: _Laid(path, partial(check, name))
+            for name, path in paths.items()
+            if name not in found and (name in self._plan.by_hand or path.exists())
+        }
+        found |= self._await(laid)
+        return {name: path for name, path in paths.items() if name in found}
 
-    def _await(self, paths: Iterable[Path]) -> None:
-        """Wait for files that are laid into the folder by hand, as long as there is patience."""
-        deadline = time.monotonic() + self._plan.patience
-        expected = [path for path in paths if not path.exists()]
-        for path in expected:
-            logger.info("waiting for %s, which is made by hand", path)
-        while not all(path.exists() for path in expected) and time.monotonic() < deadline:
-            time.sleep(POLL_SECONDS)
+    def _await(self, files: Mapping[str, _Laid]) -> set[str]:
+        """Whose files are good, or become so as long as there is patience.
 
-    def _check_sender(self, step: str, name: str, number: int, path: Path) -> None:
-        """Raise FormatError unless a file is this participant's, of this round.
-
-        A node speaks for one participant, and delivers nobody else's files.
+        What is no good then stays where it is, and its participant counts as missing.
         """
-        job = self._key.job
-        found: Reveal | UploadHeader
-        if step == REVEAL:
-            found = Reveal.load(path, job)
-        else:
-            with ExitStack() as stack:
-                found = uploads.open_upload(job, path, stack, self._work).header
-        if (found.signer, found.round) != (name, number):
-            raise FormatError(
-                f"expected {name}'s of round {number}, "
-                f"found {found.signer}'s of round {found.round}"
-            )
+        deadline = time.monotonic() + self._plan.patience
+        pending = {name for name, file in files.items() if not file.is_good()}
+        for name in sorted(pending):
+            logger.info("waiting for %s, which is made by hand", files[name].path)
+        while pending and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+            pending = {name for name in pending if not files[name].is_good()}
+        for name in sorted(pending):
+            logger.warning("%s does not count: %s", files[name].path, files[name].reason)
+        return files.keys() - pending
+
+    def _check_upload(self, number: int, start: Start, name: str, path: Path) -> None:
+        """Raise a DtlError unless a file is this participant's upload for this round."""
+        with ExitStack() as stack:
+            upload = uploads.open_upload(self._key.job, path, stack, self._work)
+            _check_sender(name, number, upload.header)
+            results.check_base(upload, start)
+
+    def _check_reveal(self, number: int, close: Close, name: str, path: Path) -> None:
+        """Raise a DtlError unless a file is this participant's answer to the close file."""
+        reveal = Reveal.load(path, self._key.job)
+        _check_sender(name, number, reveal)
+        if (reveal.base, reveal.close) != (close.base, close.digest):
+            raise FormatError(f"{path}: of another base or close file")
+        if set(reveal.keys) != set(close.missing):
+            raise FormatError(f"{path}: not about those who are missing in this round")
+
+
+def _files(folder: Path, names: Collection[str], ending: str) -> dict[str, Path]:
+    return {name: folder / f"{name}.{ending}" for name in sorted(names)}
+
+
+def _check_sender(name: str, number: int, found: Reveal | UploadHeader) -> None:
+    """Raise FormatError unless a file is this participant's, of this round.
+
+    A node speaks for one participant, and delivers nobody else's files.
+    """
+    if (found.signer, found.round) != (name, number):
+        raise FormatError(
+            f"expected {name}'s of round {number}, found {found.signer}'s of round {found.round}"
+        )
 
 
 def _header(release: Path) -> ReleaseHeader:

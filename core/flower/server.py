@@ -6,6 +6,7 @@ all the same, so that they cannot make up anything.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
@@ -126,7 +127,8 @@ def _text(context: Context, name: str) -> str:
 
 def _number(context: Context, name: str, default: float) -> float:
     found = context.run_config.get(name, default)
-    if isinstance(found, bool) or not isinstance(found, int | float) or found <= 0:
+    number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not number or not 0 < found < math.inf:  # a NaN is neither
         raise UsageError(f"the run's configuration: {name}: expected a positive number")
     return float(found)
 
