@@ -501,6 +501,26 @@ def test_outputs_are_not_overwritten_without_force(full: Round, dtl: Cli) -> Non
     dtl("open-model", release, "--key", full.key("alice"), "-o", full.folder / "x.txt", code=2)
 
 
+def test_no_command_overwrites_its_own_input(full: Round, dtl: Cli) -> None:
+    uploads, server = upload_paths(full), ("--key", full.key("server"))
+    spelled = full.folder / "job" / ".." / "carol.upload"
+    master = ("--key", full.key("kgc"), "--plaintext", uploads[0])
+    model = full.save("w0.safetensors", random_arrays(1))
+    step = ("--model", model, "--state", full.save("s.npz", random_arrays(1)), "-o", "x.npz")
+    before = {path: path.read_bytes() for path in full.folder.iterdir() if path.is_file()}
+    for command in (
+        ("aggregate", *uploads, *server, "-o", uploads[0]),
+        ("aggregate", *uploads, *server, "-o", spelled),
+        ("compute-grads", "--model", model, "--data", "none.npz", "-o", model),
+        ("audit", *uploads, *master),
+        ("apply-sum", "sum.npz", *step, "--state-out", model),
+        ("apply-sum", "sum.npz", *step, "--state-out", full.folder / "s.npz"),
+    ):
+        for force in ((), ("--force",)):
+            assert "also an input" in dtl(*command, *force, code=2).err
+    assert before == {path: path.read_bytes() for path in full.folder.iterdir() if path.is_file()}
+
+
 @pytest.mark.parametrize(
     "options",
     [
