@@ -250,8 +250,14 @@ def test_a_participant_checks_that_its_upload_is_in(new_round: NewRound) -> None
     next_uploads = [round_.upload(p, random_arrays(2), *options, out=f"{p}3") for p in round_.names]
     left_out = round_.aggregate(next_uploads[1:], "--model", model, out="m3")
     release = round_.release(left_out, out="r3")
-    round_.open(release, "bob", "--force")
-    round_.open(release, "alice", "--force", code=4)
+    w3 = round_.open(release, "bob", "--force")
+    opening = ("open-model", release, "--key", round_.key("alice"), "-o", round_.folder / "x.npz")
+    late = round_.dtl(*opening, code=4).err
+    assert "the upload that alice made for round 3 is not in it" in late
+    assert "declared missing in round 3: it came too late" in late
+    last = [round_.upload(p, random_arrays(2), "--model", w3, out=f"{p}4") for p in round_.names]
+    model = round_.aggregate(last, "--model", left_out, out="m4")
+    round_.open(round_.release(model, out="r4"), "alice", out="w4.safetensors")
 
 
 def test_a_second_upload(round_: Round) -> None:
@@ -263,9 +269,16 @@ def test_a_second_upload(round_: Round) -> None:
 def test_a_second_upload_on_one_base(round_: Round) -> None:
     w0 = round_.save("w0.safetensors", random_arrays(9))
     round_.upload("alice", random_arrays(1), "--model", w0)
-    again = ("--model", w0, "--round", 2)
-    round_.upload("alice", random_arrays(2), *again, out="second", code=5)
-    round_.upload("alice", random_arrays(2), *again, "--accept-differencing", out="second")
+    again = ("--model", w0, "--round", 3)
+    gradients = round_.folder / "alice.grads.safetensors"
+    command = ("encrypt-grads", gradients, "--key", round_.key("alice"), *again)
+    out = ("-o", round_.folder / "second")
+    refused = round_.dtl(*command, *out, code=5).err
+    assert "alice.ledger: expected no upload on this base yet, found the one for round 1" in refused
+    warned = round_.dtl(*command, *out, "--accept-differencing").err
+    assert "round 3 on the model of round 0: right only if the rounds between were void" in warned
+    bob = ("encrypt-grads", gradients, "--key", round_.key("bob"), "-o", round_.folder / "bob")
+    assert "right only if" not in round_.dtl(*bob, "--model", w0).err
 
 
 @pytest.mark.parametrize(("bad", "index"), [(np.nan, "[2, 1]"), (np.inf, "[2, 1]")])
