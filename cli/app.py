@@ -65,7 +65,8 @@ app = typer.Typer(
 
 def _add(panel: str, function: Callable[..., None], example: str, **settings: bool) -> None:
     name = function.__name__.replace("_", "-")
-    command = app.command(name, epilog=example, rich_help_panel=panel, context_settings=settings)
+    shown = example.replace("[", r"\[")  # no markup: an example stands as it is written
+    command = app.command(name, epilog=shown, rich_help_panel=panel, context_settings=settings)
     command(_sparing_inputs(function))
 
 
