@@ -200,7 +200,10 @@ def test_a_sum_is_not_a_model(round_: Round) -> None:
 
 def test_too_few_contributors(round_: Round) -> None:
     uploads = [round_.upload(p, random_arrays(1)) for p in ("alice", "bob")]
-    round_.aggregate(uploads, code=6)
+    command = ("aggregate", *uploads, "--key", round_.key("server"), "-o", round_.folder / "x")
+    error = round_.dtl(*command, code=6).err
+    assert "missing: carol" in error
+    assert "wait for the missing uploads; or the round is void" in error
 
 
 def test_fairness(new_round: NewRound) -> None:
