@@ -451,7 +451,7 @@ def test_passphrases(new_round: NewRound, dtl: Cli, tmp_path: Path) -> None:
     dtl(*common, "--passphrase-file", wrong, code=5)
     dtl(*common, "--passphrase-file", empty, code=2)
     dtl(*common, "--passphrase-file", tmp_path / "none", code=2)
-    dtl(*common, code=2)  # no terminal to ask on
+    assert f"{key}: the key is boxed" in dtl(*common, code=2).err  # no terminal to ask on
     dtl(*common, "--passphrase-file", right)
     box = json.loads(text)
     box["box"]["sealed"] = primitives.encode_base64(bytes(200))
@@ -535,6 +535,47 @@ def test_no_command_overwrites_its_own_input(full: Round, dtl: Cli) -> None:
         for force in ((), ("--force",)):
             assert "also an input" in dtl(*command, *force, code=2).err
     assert before == {path: path.read_bytes() for path in full.folder.iterdir() if path.is_file()}
+
+
+MISTAKES = [  # a command in the folder of a round, its exit code, and what is said
+    ("evaluate --model result.enc --data x", 3, "found an encrypted model", "release-model"),
+    ("evaluate --model sum.enc --data x", 3, "found an encrypted sum", "open-model"),
+    ("compute-grads --model result.enc --data x -o y", 3, "found an encrypted model", "release-"),
+    ("compute-grads --model result.release --data x -o y", 3, "found a release", "open-model"),
+    ("apply-sum sum.enc --model w0.safetensors -o y.npz", 3, "found an encrypted sum", "open-"),
+    ("encrypt-grads alice.upload --key job/bob.key -o y", 3, "found an upload", "aggregate takes"),
+    ("encrypt-grads x.npy --key job/bob.key -o y", 3, "found .npy", "numpy.savez"),
+    ("encrypt-grads x.txt --key job/bob.key -o y", 3, "expected .safetensors or .npz", "else"),
+    ("aggregate w0.safetensors --key job/server.key -o y", 3, "plain tensors", "encrypt-grads"),
+    (
+        "aggregate alice.upload --key job/server.key --model w0.safetensors -o y",
+        *(3, "found plain tensors", "--initial"),
+    ),
+    ("open-model result.enc --key job/bob.key -o y.npz", 3, "expected release, found model", "re"),
+    ("encrypt-grads x.txt --key job/job.json -o y", 3, "key file, found a job file", "NAME.key"),
+    ("verify result.enc", 2, "job.json: ", "hint: --job PATH"),
+    ("encrypt-grads x.txt --key moved.key -o y", 2, "job.json: ", "hint: --job PATH"),
+    ("inspect other.json", 3, "other.json: not a file that dtl inspects", "found other JSON"),
+    ("keygen j --participants a,b", 2, "expected 2 to 2", "--min-contributors 2; each of the two"),
+    ("keygen j --participants a --min-contributors 1", 2, "at least two participants", "found 1"),
+]
+
+
+def test_errors_say_what_was_found_and_what_comes_first(
+    full: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(full.folder)
+    full.save("w0.safetensors", random_arrays(9, 0.5))
+    sums = [full.upload(p, random_arrays(1), "--round", 9, out=f"{p}.9") for p in full.names]
+    full.aggregate(sums, out="sum.enc")
+    np.save("x.npy", np.ones(3))
+    Path("x.txt").write_text("0.1, 0.2, 0.3\n")
+    Path("other.json").write_text('{"loss": 0.5}\n')
+    Path("moved.key").write_bytes(full.key("alice").read_bytes())
+    for command, code, *said in MISTAKES:
+        error = full.dtl(*command.split(), code=code).err
+        assert all(part in error for part in said), (command, error)
+        assert "chmod" not in error or "moved" in command
 
 
 @pytest.mark.parametrize(

@@ -254,9 +254,11 @@ def open_release(
 ) -> tuple[Container, ReleaseHeader, str]:
     """Open a release of this job; check its form, signature, manifest and grants."""
     container = stack.enter_context(Container(path))
-    header = read_header(container, ("release",), job.digest)
+    header = read_header(container, ("release", "sum", "model"), job.digest)
     if not isinstance(header, ReleaseHeader):
-        raise FormatError(f"{path}: expected a release")
+        raise FormatError(
+            f"{path}: expected release, found {header.kind}", "release-model comes first"
+        )
     length = job.groups(header.manifest.values) * job.group_bytes
     container.require({SEALED: (primitives.sealed_length(length),)})
     digest = container.verify(header.kind, job.server.sign, work.progress).hex()
