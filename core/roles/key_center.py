@@ -53,8 +53,8 @@ class JobOptions:
         names = list(self.participants)
         if not MIN_CONTRIBUTORS <= len(names) <= job_file.MAX_PARTICIPANTS:
             raise UsageError(
-                f"participants: expected at least two participants, and at most "
-                f"{job_file.MAX_PARTICIPANTS}, found {len(names)}"
+                f"expected at least two participants, and at most {job_file.MAX_PARTICIPANTS}, "
+                f"found {len(names)}"
             )
         for name in names:
             if not job_file.valid_name(name) or name in (SERVER, KGC):
