@@ -6,8 +6,10 @@ import resource
 import signal
 import sys
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
+from functools import cache, wraps
 from importlib.metadata import version
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
@@ -39,6 +41,7 @@ from dtl.core.errors import DtlError, UsageError
 
 DEBUG_VARIABLE = "DTL_DEBUG"
 _MANY = ("--reveals", "--uploads")  # options that take several files
+_OUTPUTS = ("out", "state_out", "plaintext")  # parameters that name files to write
 _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
@@ -62,7 +65,38 @@ app = typer.Typer(
 
 def _add(panel: str, function: Callable[..., None], example: str, **settings: bool) -> None:
     name = function.__name__.replace("_", "-")
-    app.command(name, epilog=example, rich_help_panel=panel, context_settings=settings)(function)
+    shown = example.replace("[", r"\[")  # no markup: an example stands as it is written
+    command = app.command(name, epilog=shown, rich_help_panel=panel, context_settings=settings)
+    command(_sparing_inputs(function))
+
+
+def _sparing_inputs(function: Callable[..., None]) -> Callable[..., None]:
+    """Make a command refuse, even with --force, an output that is one of its inputs."""
+
+    @wraps(function)  # typer sees the command's own signature
+    def checked(**given: Any) -> None:
+        files = {name: value for name, value in given.items() if name not in _OUTPUTS}
+        inputs = [path for value in files.values() for path in _paths(value)]
+        for output in (path for name in _OUTPUTS for path in _paths(given.get(name))):
+            if any(_same_file(output, path) for path in inputs):
+                raise UsageError(
+                    f"{output}: expected a file to write, found one that is also an input",
+                    "choose another name for the output",
+                )
+        function(**given)
+
+    return checked
+
+
+def _paths(value: object) -> list[Path]:
+    items = value if isinstance(value, list | tuple) else [value]
+    return [item for item in items if isinstance(item, Path)]
+
+
+def _same_file(one: Path, other: Path) -> bool:
+    with suppress(OSError, ValueError):  # one that is not there is not the other
+        return one.samefile(other)
+    return False
 
 
 _add(KGC, keygen.keygen, keygen.EXAMPLE)

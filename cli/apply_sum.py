@@ -54,5 +54,11 @@ def apply_sum(
         raise UsageError(f"--optimizer {optimizer}: needs --state-out, for the next step")
     chosen = optimizers.make_optimizer(str(optimizer), lr)
     files = optimizers.StateFiles(state, state_out)
-    optimizers.apply_sum(total, model, out, chosen, files, force)
-    Output(json, quiet).show(model=str(out), optimizer=str(optimizer), lr=lr)
+    written = optimizers.apply_sum(total, model, out, chosen, files, force)
+    Output(json, quiet).show(
+        model=str(out),
+        optimizer=str(optimizer),
+        lr=lr,
+        round=written.round,
+        base=written.base,
+    )

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dtl.cli import options
+from dtl.cli import options, terminal
 from dtl.cli.options import (
     BackendName,
     BackendOption,
@@ -111,6 +111,11 @@ def encrypt_grads(
     with output.work(workers, backend, cluster, secrets_to_workers) as work:
         report = participant.encrypt_gradients(opened, gradients, out, wanted, force, work)
     header = report.header
+    if header.base is not None and header.round > report.first:
+        terminal.show_warning(
+            f"round {header.round} on the model of round {report.first - 1}: right only if the "
+            "rounds between were void"
+        )
     output.show(
         upload=str(out),
         digest=report.digest,

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from dtl.cli import options
+from dtl.cli import options, terminal
 from dtl.cli.options import (
     BackendName,
     BackendOption,
@@ -59,7 +59,8 @@ def verify(
 ) -> None:
     """Check a file with public files only; recompute the server's result bit for bit.
 
-    The job file defaults to job.json beside FILE. Exit code 0 says that all of it holds.
+    The job file defaults to job.json beside FILE. Exit code 0 says that all that was checked
+    holds; the server's product is recomputed, and so checked, only with --uploads.
     """
     from dtl.core.files.job_file import Job
     from dtl.core.public.verification import Evidence
@@ -71,3 +72,5 @@ def verify(
     with output.work(workers, backend, cluster) as work:
         verified = observer.verify(file, opened, evidence, work)
     output.show(**verified)
+    if verified.get("recomputed") is False:
+        terminal.show_warning(f"{file}: the server's product was not recomputed: no uploads given")

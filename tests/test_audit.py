@@ -88,6 +88,21 @@ def test_an_honest_chain_verifies_back_to_round_one(masked: Round) -> None:
     )
 
 
+def test_a_product_is_not_taken_for_recomputed(masked: Round) -> None:
+    chain = Chain(masked, 2)
+    command = ("verify", chain.models[1], "--job", masked.keys / "job.json")
+    start = ("--model", chain.models[0], "--initial", chain.w0)
+    failed = masked.dtl(*command, *start, "--uploads", *chain.uploads[0], code=4)
+    assert "the upload of round 2 that it names is not given for a, b, c, d" in failed.err
+    without = masked.dtl(*command, "--json")
+    assert (without.json["recomputed"], "not recomputed" in without.err) == (False, True)
+    whole = masked.dtl(*command, *start, "--uploads", *chain.uploads[1], "--json")
+    assert (whole.json["recomputed"], "not recomputed" in whole.err) == (True, False)
+    release = masked.folder / "model-2.release"
+    alone = masked.dtl("verify", release, *command[2:], "--json")
+    assert (alone.json["recomputed"], "not recomputed" in alone.err) == (False, True)
+
+
 def test_each_changed_byte_in_a_chain_is_refused(masked: Round) -> None:
     from dtl.cli import app
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from dtl.core.errors import FormatError, UsageError
+from dtl.core.files.schema import FORMAT
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensor_writer import write_arrays
-from dtl.core.files.tensors import open_tensors, read_arrays, weights_metadata
+from dtl.core.files.tensors import PlainMetadata, open_tensors, read_arrays, weights_metadata
 from dtl.core.learning import mlp, split
 from tests.helpers import Cli, Result
 
@@ -227,3 +228,28 @@ def test_a_step_and_its_state_appear_together(dtl: Cli, tmp_path: Path) -> None:
     step("--state", state, "--force", code=2)  # if it were interrupted, a rerun would step twice
     assert state.read_bytes() == held
     step("--state", state, "--state-out", tmp_path / "next.npz")
+
+
+def test_a_sum_is_applied_once_and_to_a_model(dtl: Cli, tmp_path: Path) -> None:
+    weights = {"a": np.ones(3)}
+    files = [tmp_path / name for name in ("w0.npz", "sum-1.npz", "sum-2.npz", "w1.npz", "w2.npz")]
+    start, first, second, one, two = files
+    for path, kind, number in ((start, "weights", 0), (first, "sum", 1), (second, "sum", 2)):
+        base = str(number) * 128
+        known = {"kind": kind, "round": number, "base": base, "opened": base}
+        write_arrays(path, weights, "F32", PlainMetadata.check({"format": FORMAT, **known}, ""))
+
+    def step(total: Path, model: Path, out: Path, *more: object, code: int = 0) -> Result:
+        return dtl("apply-sum", total, "--model", model, "-o", out, *more, code=code)
+
+    shown = step(first, start, one, "--json")
+    assert (shown.json["round"], shown.json["base"]) == (1, "1" * 128)
+    again = step(first, one, two, code=3)
+    assert "expected a model of a round before 1" in again.err
+    step(second, first, two, code=3)  # a sum is no model
+    adam = ("--optimizer", "adam", "--state-out", tmp_path / "s2.npz")
+    assert "adam begins anew" in step(second, one, two, *adam).err
+    step(first, two, tmp_path / "x.npz", code=3)
+    plain = tmp_path / "plain.npz"
+    write_arrays(plain, weights, "F32", None)
+    assert not step(second, plain, tmp_path / "y.npz").err

@@ -200,7 +200,10 @@ def test_a_sum_is_not_a_model(round_: Round) -> None:
 
 def test_too_few_contributors(round_: Round) -> None:
     uploads = [round_.upload(p, random_arrays(1)) for p in ("alice", "bob")]
-    round_.aggregate(uploads, code=6)
+    command = ("aggregate", *uploads, "--key", round_.key("server"), "-o", round_.folder / "x")
+    error = round_.dtl(*command, code=6).err
+    assert "missing: carol" in error
+    assert "wait for the missing uploads; or the round is void" in error
 
 
 def test_fairness(new_round: NewRound) -> None:
@@ -250,8 +253,14 @@ def test_a_participant_checks_that_its_upload_is_in(new_round: NewRound) -> None
     next_uploads = [round_.upload(p, random_arrays(2), *options, out=f"{p}3") for p in round_.names]
     left_out = round_.aggregate(next_uploads[1:], "--model", model, out="m3")
     release = round_.release(left_out, out="r3")
-    round_.open(release, "bob", "--force")
-    round_.open(release, "alice", "--force", code=4)
+    w3 = round_.open(release, "bob", "--force")
+    opening = ("open-model", release, "--key", round_.key("alice"), "-o", round_.folder / "x.npz")
+    late = round_.dtl(*opening, code=4).err
+    assert "the upload that alice made for round 3 is not in it" in late
+    assert "declared missing in round 3: it came too late" in late
+    last = [round_.upload(p, random_arrays(2), "--model", w3, out=f"{p}4") for p in round_.names]
+    model = round_.aggregate(last, "--model", left_out, out="m4")
+    round_.open(round_.release(model, out="r4"), "alice", out="w4.safetensors")
 
 
 def test_a_second_upload(round_: Round) -> None:
@@ -263,9 +272,16 @@ def test_a_second_upload(round_: Round) -> None:
 def test_a_second_upload_on_one_base(round_: Round) -> None:
     w0 = round_.save("w0.safetensors", random_arrays(9))
     round_.upload("alice", random_arrays(1), "--model", w0)
-    again = ("--model", w0, "--round", 2)
-    round_.upload("alice", random_arrays(2), *again, out="second", code=5)
-    round_.upload("alice", random_arrays(2), *again, "--accept-differencing", out="second")
+    again = ("--model", w0, "--round", 3)
+    gradients = round_.folder / "alice.grads.safetensors"
+    command = ("encrypt-grads", gradients, "--key", round_.key("alice"), *again)
+    out = ("-o", round_.folder / "second")
+    refused = round_.dtl(*command, *out, code=5).err
+    assert "alice.ledger: expected no upload on this base yet, found the one for round 1" in refused
+    warned = round_.dtl(*command, *out, "--accept-differencing").err
+    assert "round 3 on the model of round 0: right only if the rounds between were void" in warned
+    bob = ("encrypt-grads", gradients, "--key", round_.key("bob"), "-o", round_.folder / "bob")
+    assert "right only if" not in round_.dtl(*bob, "--model", w0).err
 
 
 @pytest.mark.parametrize(("bad", "index"), [(np.nan, "[2, 1]"), (np.inf, "[2, 1]")])
@@ -435,7 +451,7 @@ def test_passphrases(new_round: NewRound, dtl: Cli, tmp_path: Path) -> None:
     dtl(*common, "--passphrase-file", wrong, code=5)
     dtl(*common, "--passphrase-file", empty, code=2)
     dtl(*common, "--passphrase-file", tmp_path / "none", code=2)
-    dtl(*common, code=2)  # no terminal to ask on
+    assert f"{key}: the key is boxed" in dtl(*common, code=2).err  # no terminal to ask on
     dtl(*common, "--passphrase-file", right)
     box = json.loads(text)
     box["box"]["sealed"] = primitives.encode_base64(bytes(200))
@@ -499,6 +515,67 @@ def test_outputs_are_not_overwritten_without_force(full: Round, dtl: Cli) -> Non
     out = full.folder / "none" / "out.npz"
     dtl("open-model", release, "--key", full.key("alice"), "-o", out, code=2)
     dtl("open-model", release, "--key", full.key("alice"), "-o", full.folder / "x.txt", code=2)
+
+
+def test_no_command_overwrites_its_own_input(full: Round, dtl: Cli) -> None:
+    uploads, server = upload_paths(full), ("--key", full.key("server"))
+    spelled = full.folder / "job" / ".." / "carol.upload"
+    master = ("--key", full.key("kgc"), "--plaintext", uploads[0])
+    model = full.save("w0.safetensors", random_arrays(1))
+    step = ("--model", model, "--state", full.save("s.npz", random_arrays(1)), "-o", "x.npz")
+    before = {path: path.read_bytes() for path in full.folder.iterdir() if path.is_file()}
+    for command in (
+        ("aggregate", *uploads, *server, "-o", uploads[0]),
+        ("aggregate", *uploads, *server, "-o", spelled),
+        ("compute-grads", "--model", model, "--data", "none.npz", "-o", model),
+        ("audit", *uploads, *master),
+        ("apply-sum", "sum.npz", *step, "--state-out", model),
+        ("apply-sum", "sum.npz", *step, "--state-out", full.folder / "s.npz"),
+    ):
+        for force in ((), ("--force",)):
+            assert "also an input" in dtl(*command, *force, code=2).err
+    assert before == {path: path.read_bytes() for path in full.folder.iterdir() if path.is_file()}
+
+
+MISTAKES = [  # a command in the folder of a round, its exit code, and what is said
+    ("evaluate --model result.enc --data x", 3, "found an encrypted model", "release-model"),
+    ("evaluate --model sum.enc --data x", 3, "found an encrypted sum", "open-model"),
+    ("compute-grads --model result.enc --data x -o y", 3, "found an encrypted model", "release-"),
+    ("compute-grads --model result.release --data x -o y", 3, "found a release", "open-model"),
+    ("apply-sum sum.enc --model w0.safetensors -o y.npz", 3, "found an encrypted sum", "open-"),
+    ("encrypt-grads alice.upload --key job/bob.key -o y", 3, "found an upload", "aggregate takes"),
+    ("encrypt-grads x.npy --key job/bob.key -o y", 3, "found .npy", "numpy.savez"),
+    ("encrypt-grads x.txt --key job/bob.key -o y", 3, "expected .safetensors or .npz", "else"),
+    ("aggregate w0.safetensors --key job/server.key -o y", 3, "plain tensors", "encrypt-grads"),
+    (
+        "aggregate alice.upload --key job/server.key --model w0.safetensors -o y",
+        *(3, "found plain tensors", "--initial"),
+    ),
+    ("open-model result.enc --key job/bob.key -o y.npz", 3, "expected release, found model", "re"),
+    ("encrypt-grads x.txt --key job/job.json -o y", 3, "key file, found a job file", "NAME.key"),
+    ("verify result.enc", 2, "job.json: ", "hint: --job PATH"),
+    ("encrypt-grads x.txt --key moved.key -o y", 2, "job.json: ", "hint: --job PATH"),
+    ("inspect other.json", 3, "other.json: not a file that dtl inspects", "found other JSON"),
+    ("keygen j --participants a,b", 2, "expected 2 to 2", "--min-contributors 2; each of the two"),
+    ("keygen j --participants a --min-contributors 1", 2, "at least two participants", "found 1"),
+]
+
+
+def test_errors_say_what_was_found_and_what_comes_first(
+    full: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(full.folder)
+    full.save("w0.safetensors", random_arrays(9, 0.5))
+    sums = [full.upload(p, random_arrays(1), "--round", 9, out=f"{p}.9") for p in full.names]
+    full.aggregate(sums, out="sum.enc")
+    np.save("x.npy", np.ones(3))
+    Path("x.txt").write_text("0.1, 0.2, 0.3\n")
+    Path("other.json").write_text('{"loss": 0.5}\n')
+    Path("moved.key").write_bytes(full.key("alice").read_bytes())
+    for command, code, *said in MISTAKES:
+        error = full.dtl(*command.split(), code=code).err
+        assert all(part in error for part in said), (command, error)
+        assert "chmod" not in error or "moved" in command
 
 
 @pytest.mark.parametrize(

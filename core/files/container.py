@@ -47,7 +47,11 @@ class Container(SafetensorsFile):
         header = self.metadata.get(HEADER_KEY)
         signature = self.metadata.get(SIGNATURE_KEY)
         if header is None or signature is None:
-            raise FormatError(f"{self.path}: expected an upload, sum, model or release of dtl")
+            raise FormatError(
+                f"{self.path}: expected an upload, sum, model or release of dtl, "
+                "found plain tensors",
+                "gradients: encrypt-grads comes first; weights to start from: --initial",
+            )
         order = [(item.name, item.dtype, item.shape) for item in self._ordered()]
         expected = build_header({HEADER_KEY: header, SIGNATURE_KEY: signature}, order)
         if expected != self.header or any(dtype != "U8" for _, dtype, _ in order):

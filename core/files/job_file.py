@@ -99,7 +99,11 @@ class Job(Document):
         Raises FormatError or VerificationError. That the signature is the right center's is
         checked against the pin in a key file, by `Key.load`.
         """
-        job = cls.decode(read_file(path, MAX_DOCUMENT_BYTES), str(path))
+        try:
+            data = read_file(path, MAX_DOCUMENT_BYTES)
+        except UsageError as error:
+            raise UsageError(error.message, "--job PATH says where the job file is") from None
+        job = cls.decode(data, str(path))
         primitives.verify_signature(
             job.kgc.sign, "job", bytes.fromhex(job.digest), job.signature, str(path)
         )

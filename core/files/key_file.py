@@ -109,6 +109,10 @@ def split_key(data: bytes, what: str) -> tuple[Pins, dict[str, Any]]:
     parsed = canonical_json.loads(data, what)
     if not isinstance(parsed, dict):
         raise FormatError(f"{what}: expected a key file")
+    if "participants" in parsed:
+        raise FormatError(
+            f"{what}: expected a key file, found a job file", "--job is for that; keys are NAME.key"
+        )
     public = {key: value for key, value in parsed.items() if key in _PINNED}
     pins = Pins.check({"ledger": None} | public, what)
     if ("ledger" in parsed) != (pins.name != KGC):
@@ -144,8 +148,8 @@ class Key:
         """
         what = str(path)
         data = read_file(path, MAX_DOCUMENT_BYTES)
-        _warn_if_readable(path)
         pins, rest = split_key(data, what)
+        _warn_if_readable(path)
         job = Job.load(job_path)
         if job.kgc.sign != pins.kgc or job.digest != pins.job:
             raise VerificationError(
@@ -247,6 +251,8 @@ def _open_box(
         opened = primitives.open_box(passphrase(), box.salt, box.commit, box.sealed, aad)
     except NotAllowedError as error:
         raise NotAllowedError(f"{what}: {error.message}") from None
+    except UsageError as error:  # there is no passphrase
+        raise UsageError(f"{what}: {error.message}", error.hint) from None
     except VerificationError:
         raise VerificationError(f"{what}: the box was changed") from None
     parsed = canonical_json.loads(opened, f"{what}: box")

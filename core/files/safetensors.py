@@ -60,6 +60,8 @@ class SafetensorsFile:
     or duplicate keys, wrong types, gaps, overlaps, trailing bytes, too long a header.
     """
 
+    expected = "a safetensors file"
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor = open_regular(path)
@@ -90,7 +92,7 @@ class SafetensorsFile:
     def _parse(self) -> None:
         length = int.from_bytes(self.read(0, min(_LENGTH_BYTES, self.size)), "little")
         if self.size < _LENGTH_BYTES or length > min(MAX_HEADER_BYTES, self.size - _LENGTH_BYTES):
-            raise FormatError(f"{self.path}: expected a safetensors file, found something else")
+            raise FormatError(f"{self.path}: expected {self.expected}, found something else")
         self.header = self.read(0, _LENGTH_BYTES + length)
         parsed = canonical_json.parse(self.header[_LENGTH_BYTES:], f"{self.path}: header")
         if not isinstance(parsed, dict):

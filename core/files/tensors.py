@@ -8,6 +8,7 @@ adds metadata of its own (`PlainMetadata`) where it knows the round and the base
 import errno
 import hashlib
 import os
+import re
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,14 @@ MAX_METADATA_BYTES = 1 << 16
 BF16 = "BF16"
 NUMPY_DTYPES = {"F16": "<f2", BF16: "<u2", "F32": "<f4", "F64": "<f8"}
 _ITEM_BYTES = {name: np.dtype(text).itemsize for name, text in NUMPY_DTYPES.items()}
-_ZIP_MAGIC = b"PK"
+_ZIP_MAGIC, _NPY_MAGIC = b"PK", b"\x93NUMPY"
+_BULK_KIND, _BULK_SIGN = re.compile('"kind":"(upload|sum|model|release)"'), '"signer":"'
+_BULK_NAMES = {  # what a bulk file is, and what comes before it is plain tensors
+    "upload": ("an upload", "it is encrypted already: aggregate takes it"),
+    "sum": ("an encrypted sum", "release-model and open-model come first"),
+    "model": ("an encrypted model", "release-model and open-model come first"),
+    "release": ("a release", "open-model comes first"),
+}
 
 
 class PlainMetadata(Document):
@@ -78,7 +86,13 @@ def open_tensors(path: Path) -> TensorFile:
     Raises UsageError when there is none, FormatError when it is malformed or holds
     anything but floats.
     """
-    return _NpzTensors(path) if read_start(path, 2) == _ZIP_MAGIC else _SafetensorsTensors(path)
+    start = read_start(path, len(_NPY_MAGIC))
+    if start == _NPY_MAGIC:
+        raise FormatError(
+            f"{path}: expected .safetensors or .npz, found .npy",
+            "numpy.savez keeps the names of the arrays as well",
+        )
+    return _NpzTensors(path) if start.startswith(_ZIP_MAGIC) else _SafetensorsTensors(path)
 
 
 def values(tensors: TensorFile) -> Iterator[Reals]:
@@ -224,10 +238,14 @@ def from_reals(reals: Reals, dtype: str) -> bytes:
     return rounded.tobytes()
 
 
+class _PlainSafetensors(SafetensorsFile):
+    expected = ".safetensors or .npz"
+
+
 class _SafetensorsTensors:
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file = SafetensorsFile(path)
+        self._file = _PlainSafetensors(path)
         try:
             text = self._file.metadata.get(METADATA_KEY)
             self.metadata = _read_metadata(text, path)
@@ -374,6 +392,10 @@ def _make_layout(specs: Sequence[tuple[str, tuple[int, ...], str]], path: Path) 
 def _read_metadata(text: str | None, path: Path) -> PlainMetadata | None:
     if text is None:
         return None
+    bulk = _BULK_KIND.search(text)
+    if bulk and _BULK_SIGN in text:
+        found, hint = _BULK_NAMES[bulk[1]]
+        raise FormatError(f"{path}: expected weights or gradients in plain, found {found}", hint)
     if len(text) > MAX_METADATA_BYTES:
         raise FormatError(f"{path}: metadata: expected at most {MAX_METADATA_BYTES} characters")
     return PlainMetadata.decode(text.encode("utf-8", "surrogatepass"), f"{path}: metadata")

@@ -5,6 +5,7 @@ et al., ICML 2013, equations 1 and 2) and Adam (Kingma and Ba, ICLR 2015, algori
 the participants, on the gradient sum that the server released; everyone holds the same state.
 """
 
+import logging
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,10 @@ from dtl.core.errors import DtlError, FormatError, UsageError
 from dtl.core.files.atomic import remove_second_names
 from dtl.core.files.headers import check_same_shapes
 from dtl.core.files.tensor_writer import unnamed_arrays
-from dtl.core.files.tensors import make_layout, read_arrays
+from dtl.core.files.tensors import PlainMetadata, make_layout, read_arrays
 from dtl.core.learning.mlp import DTYPE, Weights
+
+logger = logging.getLogger("dtl")
 
 MOMENTUM = 0.9
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
@@ -103,8 +106,8 @@ class StateFiles:
 
 def apply_sum(
     total: Path, model: Path, output: Path, optimizer: Optimizer, state: StateFiles, force: bool
-) -> None:
-    """Write the model after one step along a released sum of contributions.
+) -> PlainMetadata:
+    """Write the model after one step along a released sum; returns what it says of itself.
 
     The new model is named by the sum: uploads based on it say which sum was applied, and
     their masks cancel only if everybody applied the same. Both files are finished before the
@@ -117,11 +120,17 @@ def apply_sum(
     contributions, metadata = read_arrays(total)
     if metadata is None or metadata.kind != "sum":
         raise FormatError(f"{total}: expected a sum that open-model wrote")
-    weights, _ = read_arrays(model)
+    weights, known = read_arrays(model)
+    _check_precedes(known, metadata, model, total)
     found, expected = (make_layout(arrays, DTYPE) for arrays in (contributions, weights))
     check_same_shapes(found, expected, total, model)
     if state.before is not None:
         optimizer.state = read_arrays(state.before)[0]
+    elif known is not None and known.round and not isinstance(optimizer, Sgd):
+        logger.warning(
+            "no --state, although %s is of round %d: %s begins anew",
+            *(model, known.round, type(optimizer).__name__.lower()),
+        )
     before, fits = _shapes(optimizer), False
     with suppress(LookupError, TypeError, ValueError):  # by a state that does not fit
         stepped = optimizer.step(weights, contributions)
@@ -143,6 +152,23 @@ def apply_sum(
             finished.sync()
         for finished in entered:
             finished.commit()
+    return named
+
+
+def _check_precedes(
+    known: PlainMetadata | None, added: PlainMetadata, model: Path, total: Path
+) -> None:
+    """Raise FormatError for a model that the sum cannot be for, by what it says of itself."""
+    if known is None:
+        return
+    if known.kind != "weights":
+        raise FormatError(f"{model}: expected weights, found {known.kind}")
+    if known.round >= added.round:
+        raise FormatError(
+            f"{model}: expected a model of a round before {added.round}, that of {total}, "
+            f"found one of round {known.round}",
+            "it has this sum in it already, or a later one: name the model before it",
+        )
 
 
 def _same_place(path: Path, *others: Path | None) -> bool:

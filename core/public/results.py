@@ -30,6 +30,10 @@ from dtl.core.parallel import Work
 from dtl.core.public.uploads import Upload, read_groups, short, spans
 
 PRODUCT_GROUPS = 128  # groups a task
+WAIT_OR_VOID = (
+    "wait for the missing uploads; or the round is void, and a new one on the same base "
+    "is begun, everyone with --accept-differencing and a larger --round"
+)
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,10 @@ def check_quorum(job: Job, found: int, what: str, missing: Sequence[str]) -> Non
     """Raise QuorumError below the job's `min_contributors`."""
     if found < job.min_contributors:
         absent = f"; missing: {', '.join(missing)}" if missing else ""
-        raise QuorumError(f"expected at least {job.min_contributors} {what}, found {found}{absent}")
+        raise QuorumError(
+            f"expected at least {job.min_contributors} {what}, found {found}{absent}",
+            WAIT_OR_VOID if missing else None,
+        )
 
 
 def can_close(job: Job, present: int) -> bool:

@@ -109,11 +109,11 @@ def _verify_result(
         if pool.initial.base not in (result.header.initial, result.header.parent):
             raise VerificationError(f"{path}: does not come from {pool.initial.weights}")
         pool.used.add(pool.initial.weights)
-    verified = [_verify_product(job, result, pool, work)]
+    verified = [_verify_product(job, result, pool, work, needed=bool(pool.uploads))]
     parent = pool.models.get(result.header.parent or "")
     while parent is not None:
         pool.used.add(parent.path)
-        verified.append(_verify_product(job, parent, pool, work))
+        verified.append(_verify_product(job, parent, pool, work, needed=False))
         parent = pool.models.get(parent.header.parent or "")
     return {
         "digest": result.digest,
@@ -122,6 +122,7 @@ def _verify_result(
         "contributors": list(result.header.names),
         "missing": list(result.header.missing),
         "product": verified[0],
+        "recomputed": verified[0] == _RECOMPUTED,
         "rounds_recomputed": sum(text == _RECOMPUTED for text in verified),
     }
 
@@ -130,12 +131,15 @@ _RECOMPUTED = "recomputed, bit for bit the same"
 _NOT_RECOMPUTED = "not recomputed: no uploads given"
 
 
-def _verify_product(job: Job, result: Result, pool: _Pool, work: Work) -> str:
-    """Recompute one result from its uploads and its start; compare manifest and residues."""
+def _verify_product(job: Job, result: Result, pool: _Pool, work: Work, needed: bool) -> str:
+    """Recompute one result from its uploads and its start; compare manifest and residues.
+
+    Without any of its uploads it is not recomputed, or, if that is `needed`, an error.
+    """
     header, path = result.header, result.path
     check_manifest(job, header, path)
     named = [pool.uploads.get(c.upload) for c in header.contributors]
-    if not any(named):
+    if not any(named) and not needed:
         start = _start(result, pool, needed=False) if header.kind == "model" else None
         if start:
             _check_succession(header, start, path)
@@ -145,7 +149,9 @@ def _verify_product(job: Job, result: Result, pool: _Pool, work: Work) -> str:
     ]
     if absent:
         raise VerificationError(
-            f"{path}: the upload that it names is not given for {', '.join(absent)}"
+            f"{path}: the upload of round {header.round} that it names is not given "
+            f"for {', '.join(absent)}",
+            f"--uploads: all those of round {header.round}, and of earlier rounds if you like",
         )
     found = [upload for upload in named if upload]
     start = _start(result, pool, needed=True) if header.kind == "model" else None
@@ -248,9 +254,11 @@ def open_release(
 ) -> tuple[Container, ReleaseHeader, str]:
     """Open a release of this job; check its form, signature, manifest and grants."""
     container = stack.enter_context(Container(path))
-    header = read_header(container, ("release",), job.digest)
+    header = read_header(container, ("release", "sum", "model"), job.digest)
     if not isinstance(header, ReleaseHeader):
-        raise FormatError(f"{path}: expected a release")
+        raise FormatError(
+            f"{path}: expected release, found {header.kind}", "release-model comes first"
+        )
     length = job.groups(header.manifest.values) * job.group_bytes
     container.require({SEALED: (primitives.sealed_length(length),)})
     digest = container.verify(header.kind, job.server.sign, work.progress).hex()
@@ -270,6 +278,7 @@ def _verify_release(
         "may_open": list(header.names),
         "admitted": list(header.admitted),
         "result": "not compared: add --model ENC",
+        "recomputed": False,
     }
     result = pool.models.get(header.of)
     if result is not None:
@@ -277,7 +286,8 @@ def _verify_release(
         if result.header != header.manifest:
             raise VerificationError(f"{path}: its manifest is not that of {result.path}")
         found["result"] = "the manifest is that of the result it names"
-        found["product"] = _verify_result(job, result.path, pool, stack, work)["product"]
+        verified = _verify_result(job, result.path, pool, stack, work)
+        found |= {name: verified[name] for name in ("product", "recomputed")}
     return found
 
 

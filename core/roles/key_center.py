@@ -31,6 +31,7 @@ from dtl.core.parallel import DEFAULT_WORK, Work, default_workers
 logger = logging.getLogger("dtl")
 
 MIN_CONTRIBUTORS = 2
+_FOR_TWO = "--min-contributors 2; each of the two then reads the other's gradient off the sum"
 _POOL_FROM_BITS = 1024  # smaller primes are found before worker processes have started
 
 
@@ -50,9 +51,10 @@ class JobOptions:
     def check(self) -> None:
         """Raise UsageError for parameters that cannot work together."""
         names = list(self.participants)
-        if not 0 < len(names) <= job_file.MAX_PARTICIPANTS:
+        if not MIN_CONTRIBUTORS <= len(names) <= job_file.MAX_PARTICIPANTS:
             raise UsageError(
-                f"participants: expected 1 to {job_file.MAX_PARTICIPANTS}, found {len(names)}"
+                f"expected at least two participants, and at most {job_file.MAX_PARTICIPANTS}, "
+                f"found {len(names)}"
             )
         for name in names:
             if not job_file.valid_name(name) or name in (SERVER, KGC):
@@ -65,7 +67,8 @@ class JobOptions:
         if not MIN_CONTRIBUTORS <= self.min_contributors <= len(names):
             raise UsageError(
                 f"min contributors: expected {MIN_CONTRIBUTORS} to {len(names)} "
-                f"(the participants), found {self.min_contributors}"
+                f"(the participants), found {self.min_contributors}",
+                _FOR_TWO if len(names) == MIN_CONTRIBUTORS else None,
             )
         check_modulus_bits(self.modulus_bits, self.insecure)
         FixedPoint(self.slot_bits, self.fraction_bits, len(names))

@@ -10,6 +10,7 @@ from dtl.core.files.closing import Close, Reveal, kind_of
 from dtl.core.files.container import Container, is_container
 from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
 from dtl.core.files.job_file import Job
+from dtl.core.files.schema import FORMAT
 from dtl.core.files.shards import is_shard, load_shard
 from dtl.core.parallel import Work
 from dtl.core.progress import ProgressCallback, silent
@@ -39,6 +40,10 @@ def _document(path: Path, job: Job | None) -> Description:
     data = read_file(path, job_file.MAX_DOCUMENT_BYTES)
     if ledger.is_ledger(data):
         return _ledger(path, data)
+    if FORMAT.encode() not in data:
+        raise FormatError(
+            f"{path}: not a file that dtl inspects: expected one of {FORMAT}, found other JSON"
+        )
     parsed = canonical_json.loads(data, str(path))
     match parsed:
         case {"participants": _}:

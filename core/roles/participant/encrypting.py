@@ -54,11 +54,15 @@ class UploadOptions:
 
 @dataclass(frozen=True)
 class UploadReport:
-    """What `encrypt_gradients` did; `clamped` is None when an interrupted run was completed."""
+    """What `encrypt_gradients` did; `clamped` is None when an interrupted run was completed.
+
+    `first` is the round after that of the base: an upload is for this one or a later one.
+    """
 
     header: UploadHeader
     digest: str
     clamped: int | None
+    first: int
 
 
 def encrypt_gradients(
@@ -79,7 +83,7 @@ def encrypt_gradients(
     scale = _scale(job, options)
     source = tensors.open_tensors(gradients)
     try:
-        basis = _basis(source, options)
+        basis, first = _basis(source, options)
         header = UploadHeader(
             format=FORMAT,
             kind="upload",
@@ -103,7 +107,7 @@ def encrypt_gradients(
                         f"{key.name} has made an upload for round {basis.round} already",
                         "send that same file again, or go on with the next round",
                     )
-                return UploadReport(_written_header(output), done, None)
+                return UploadReport(_written_header(output), done, None, first)
             _check_not_resaved(ledger, basis, options)
             _remove_unrecorded(key, ledger, output)
             preparation = Preparation(
@@ -151,7 +155,7 @@ def encrypt_gradients(
                 file.commit()
     finally:
         source.close()
-    return UploadReport(header, digest.hex(), clamped)
+    return UploadReport(header, digest.hex(), clamped, first)
 
 
 def _remove_unrecorded(key: Key, ledger: Ledger, output: Path) -> None:
@@ -204,8 +208,11 @@ def _scale(job: Job, options: UploadOptions) -> float:
     return scale
 
 
-def _basis(source: TensorFile, options: UploadOptions) -> Basis:
-    """The round and base of an upload, from the gradients' metadata, the model, and --round."""
+def _basis(source: TensorFile, options: UploadOptions) -> tuple[Basis, int]:
+    """The round and base of an upload, from the gradients' metadata, the model, and --round.
+
+    Besides, the first round that can be built on that base.
+    """
     known = source.metadata
     if known is not None and known.kind != "gradients":
         raise FormatError(f"{source.path}: expected gradients, found {known.kind}")
@@ -225,13 +232,10 @@ def _basis(source: TensorFile, options: UploadOptions) -> Basis:
                 f"{source.path}: does not say which round it is for",
                 "add --model M (what the gradients are based on), or --round N without one",
             )
-        return Basis(_checked_round(options.round, 1), None, None)
+        return Basis(_checked_round(options.round, 1), None, None), 1
     first = known.round + 1
-    return Basis(
-        _checked_round(first if options.round is None else options.round, first),
-        known.base,
-        known.opened,
-    )
+    number = _checked_round(first if options.round is None else options.round, first)
+    return Basis(number, known.base, known.opened), first
 
 
 def _check_finite(source: TensorFile, total: int, work: Work) -> None:
@@ -325,9 +329,11 @@ def _check_only_upload(ledger: Ledger, basis: Basis, accept_differencing: bool) 
     for entry in opened:
         if entry.opened != basis.opened:
             raise VerificationError("the model is not the one that was opened under this name")
-    if ledger.find(UploadEntry, base=basis.base) and not accept_differencing:
+    on_base = ledger.find(UploadEntry, base=basis.base)
+    if on_base and not accept_differencing:
         raise NotAllowedError(
-            "an upload on this base was made already, for another round",
+            f"{ledger.path}: expected no upload on this base yet, found the one for round "
+            f"{on_base[-1].round}",
             "two uploads on one base can be subtracted from one another; "
             "--accept-differencing repeats a void round all the same",
         )

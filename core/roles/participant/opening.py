@@ -106,7 +106,8 @@ def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Pa
     for sent in ledger.find(UploadEntry, round=header.round):
         if manifest.upload_of(name) != sent.upload:
             raise VerificationError(
-                f"{release}: the upload that {name} made for round {header.round} is not in it"
+                f"{release}: the upload that {name} made for round {header.round} is not in it",
+                _why_left_out(manifest, name),
             )
         if sent.base != manifest.base:
             raise VerificationError(f"{release}: not built on the model that {name} worked on")
@@ -118,6 +119,17 @@ def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Pa
             raise VerificationError(f"{release}: admits {twice} a second time")
         if seen.parent == header.of and seen.round <= header.round:
             raise VerificationError(f"{release}: its successor is of an earlier round")
+
+
+def _why_left_out(manifest: ResultHeader, name: str) -> str:
+    """What to tell a participant whose upload is not in a result."""
+    if name in manifest.missing:
+        return (
+            f"declared missing in round {manifest.round}: it came too late, and this release stays "
+            f"closed; a later one that is granted to {name} opens, if what {name} sends for its "
+            "round is in it"
+        )
+    return f"another upload of {name}'s is in it: show this release to the others"
 
 
 def _own_grant(key: Key, header: ReleaseHeader, release: Path) -> Grant:

@@ -134,8 +134,7 @@ def how_to_go_on(
         return QuorumError(
             f"{problem}; expected at least {max(needed, job.min_contributors)} of "
             f"{len(job.participants)} to go on without the others, found {len(accepted)}",
-            "wait for the missing uploads; or the round is void, and a new one on the same base "
-            "is begun, everyone with --accept-differencing and a larger --round",
+            results.WAIT_OR_VOID,
         )
     names = [upload.header.signer for upload in accepted]
     files = " ".join(shlex.quote(str(upload.path)) for upload in accepted)
