@@ -181,6 +181,7 @@ def verify(
         start = None
         if header["kind"] == "model":
             start = start_from_model(job, parent) if parent else weights
+        require(used or not uploads or at is not result, 4, "no upload of its own round is given")
         if used:
             require(len(used) == len(wanted), 4, "an upload is not given")
             require(start or header["kind"] == "sum", 4, "the start is not given")
