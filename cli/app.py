@@ -2,7 +2,6 @@
 
 import os
 import platform
-import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from dtl.cli import (
     terminal,
     verify,
 )
+from dtl.core import dumps
 from dtl.core.errors import DtlError, UsageError
 
 DEBUG_VARIABLE = "DTL_DEBUG"
@@ -238,7 +238,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run a command; one that is interrupted cleans up and ends with 1."""
     terminal.make_streams_safe()
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core dump would hold keys and plaintext
+    dumps.forbid()
     for number in _INTERRUPTIONS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, or a job in the background
             signal.signal(number, _interrupt)

@@ -52,6 +52,11 @@ def apply_sum(
         raise UsageError(f"--lr: expected a positive number, found {lr}")
     if optimizer is not OptimizerName.SGD and state_out is None:
         raise UsageError(f"--optimizer {optimizer}: needs --state-out, for the next step")
+    if optimizer is OptimizerName.SGD and state is not None:
+        raise UsageError(
+            "--state: expected none, as --optimizer sgd remembers nothing",
+            "name the optimizer that wrote it",
+        )
     chosen = optimizers.make_optimizer(str(optimizer), lr)
     files = optimizers.StateFiles(state, state_out)
     written = optimizers.apply_sum(total, model, out, chosen, files, force)

@@ -68,7 +68,9 @@ def audit(
     from dtl.core.roles import auditor
 
     output = Output(json, quiet)
-    if not key.exists():
+    # A missing key of any other name, or in another folder than the job's, is a slip: code 2.
+    discarded = key.name == "kgc.key" and options.job_path(job, key).exists()
+    if discarded and not key.exists():
         raise NotAllowedError(
             f"{key}: there is no such key",
             "a job made with --discard-master cannot be audited, by nobody and never",

@@ -1,7 +1,7 @@
 """Options that several commands share, and what they stand for."""
 
-import getpass
 import sys
+import termios
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ SecretsOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 QuietOption = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print no result and no progress.")
+    bool, typer.Option("--quiet", "-q", help="Print no progress, and no result but that of --json.")
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Makes the outcome repeatable.")]
 ParticipantsOption = Annotated[
@@ -181,9 +181,31 @@ def passphrase(path: Path | None) -> Callable[[], bytes]:
             return read_passphrase(path)
         if not sys.stdin.isatty():
             raise UsageError("the key is boxed, and there is no passphrase", "--passphrase-file")
-        return getpass.getpass("dtl: passphrase: ", sys.stderr).encode()
+        return _typed_unseen("dtl: passphrase: ")
 
     return ask
+
+
+def _typed_unseen(prompt: str) -> bytes:
+    """A line typed at the terminal, which does not show it: any bytes, as in a passphrase file.
+
+    (getpass.getpass fails where what is typed is no text in the encoding of the terminal.)
+    """
+    descriptor = sys.stdin.fileno()
+    before = termios.tcgetattr(descriptor)
+    unseen = [*before]
+    unseen[3] &= ~termios.ECHO
+    try:
+        termios.tcsetattr(descriptor, termios.TCSAFLUSH, unseen)
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        line = sys.stdin.buffer.readline()
+    finally:
+        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
+        sys.stderr.write("\n")
+    if not line:
+        raise EOFError
+    return line.splitlines()[0]
 
 
 def names(text: str, option: str) -> list[str]:

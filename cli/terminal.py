@@ -120,7 +120,7 @@ def show_result(result: Mapping[str, Any], as_json: bool, quiet: bool) -> None:
     """Print a result: one JSON object, or a short table."""
     if as_json:
         with _printing():
-            sys.stdout.write(json.dumps(result, ensure_ascii=False) + "\n")
+            sys.stdout.write(json.dumps(result) + "\n")
     elif not quiet:
         table = Table.grid(padding=(0, 2))
         table.add_column(style="bold", no_wrap=True)

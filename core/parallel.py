@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
 
+from dtl.core import dumps
 from dtl.core.cluster import Cluster
 from dtl.core.errors import DtlError
 from dtl.core.progress import ProgressCallback, silent
@@ -106,9 +107,10 @@ _guards: list[threading.Thread] = []
 def _guarded(parent: int, function: Callable[..., Result], task: tuple[object, ...]) -> Result:
     """Run a task in a worker, which ends when the process that it works for has ended.
 
-    A worker may hold a half; it must not outlive a killed command.
+    A worker may hold a half; it must not outlive a killed command, nor leave a core dump.
     """
     if not _guards:
+        dumps.forbid()
         _guards.append(threading.Thread(target=_watch, args=(parent,), daemon=True))
         _guards[0].start()
     return function(*task)

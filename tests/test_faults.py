@@ -1,5 +1,6 @@
 """Kills, leftovers and races, with real processes."""
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,18 @@ def start(*arguments: object, kernel: str = "gmpy2") -> "subprocess.Popen[bytes]
         stderr=subprocess.DEVNULL,
         env=os.environ | {"DTL_KERNEL": kernel},
     )
+
+
+def test_json_is_json_whatever_the_terminal_can_show(tmp_path: Path) -> None:
+    job = tmp_path / "grüße\u2028"
+    words = ("keygen", job, "--participants", "a,b,c", "--modulus-bits", 512, "--insecure")
+    printed = subprocess.run(
+        [*DTL, *map(str, words), "--json", "--quiet"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=True,
+        capture_output=True,
+    ).stdout
+    assert json.loads(printed)["folder"] == str(job)
 
 
 def hidden(folder: Path) -> list[Path]:

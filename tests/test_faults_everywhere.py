@@ -5,20 +5,24 @@ import os
 import random
 import resource
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import cycle
+from functools import cache, partial
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from dtl.core.encoding.fixed_point import Stochastic
 from dtl.core.files import atomic, ledger
+from dtl.core.files.job_file import Job
 from dtl.core.files.ledger import ReleaseEntry
+from dtl.core.files.tensors import read_arrays
 from tests.robustness import faults
 from tests.robustness.faults import check_case, check_recovers, run_child
 from tests.robustness.fuzzing import Corpus, Tally, run_cases
-from tests.robustness.leaks import Needles, plaintext_values
-from tests.robustness.scenario import EPOCH, Scenario
+from tests.robustness.leaks import Needles, plaintext_runs, plaintext_values
+from tests.robustness.scenario import EPOCH, SUFFIXES, Scenario
 
 SAMPLE = 20  # fault points
 CASES = 60  # mutations
@@ -56,10 +60,32 @@ def test_mutated_files_end_as_documented(corpus: Corpus, place: Path) -> None:
 def test_a_sample_of_all_fault_points(job: Scenario, place: Path) -> None:
     chance = random.Random(0)  # noqa: S311
     commands = [stage for stage in faults.distinct(job) if stage.step.name != "simulate"]
+    count = cache(lambda stage, kind: len(faults.boundaries(stage, place / "case", kind)))
     for _ in range(SAMPLE):
         stage, mode = chance.choice(commands), chance.choice(list(faults.MODES))
-        last = 3 if mode == "denied" else 10  # every command has as many boundaries
+        last = count(stage, "denied" if mode == "denied" else "kill")  # all others count alike
         check_case(stage, place / "case", mode, chance.randint(1, last))
+
+
+@pytest.mark.parametrize("mode", ["memory", "interrupt"])
+def test_the_harness_notices_an_output_whose_name_may_not_last(
+    mode: str, job: Scenario, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def careless(finished: Path, path: Path, force: bool) -> None:
+        os.link(finished, path)
+        atomic.fsync_folder(path.parent)
+        finished.unlink()
+
+    stage = job.stage("aggregate")
+    monkeypatch.setattr(atomic, "place", careless)
+    calls = faults.boundaries(stage, place / "case", mode)
+    named = calls.index(f"link:{stage.step.output}") + 1
+    assert calls[named] == "fsync"
+    with pytest.raises(AssertionError, match="left its output"):
+        check_case(stage, place / "case", mode, named + 1)
+    monkeypatch.undo()
+    check_case(stage, place / "case", mode, named + 1)
+    check_case(stage, place / "case", mode, named + 2)  # it is there for good: it may stay
 
 
 def test_the_harness_notices_what_is_lost(job: Scenario, place: Path) -> None:
@@ -96,6 +122,16 @@ def test_a_limit_on_the_size_of_files(name: str, job: Scenario, place: Path) -> 
         check_recovers(stage, folder, ended, f"{name} with files up to {size} bytes")
 
 
+def test_an_output_that_grows_too_large_is_named(job: Scenario, place: Path) -> None:
+    for suffix in SUFFIXES:
+        stage = next(s for s in faults.distinct(job) if s.step.output.endswith(f"w1.{suffix}"))
+        folder = stage.copy(place / "case")
+        ended = run_child(folder, stage.step.words, prepare=_limit(resource.RLIMIT_FSIZE, 500))
+        assert ended.code == 1
+        assert f"dtl: error: {stage.step.output}: file too large" in ended.printed
+        check_recovers(stage, folder, ended, f"{suffix} files up to 500 bytes")
+
+
 def _silence() -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     for number in (1, 2):
@@ -120,7 +156,7 @@ def test_little_memory(name: str, job: Scenario, place: Path) -> None:
 
 
 INPUTS = {
-    "encrypt-grads": "alice-1.grads.npz",
+    "encrypt-grads": "bob-1.grads.safetensors",  # an .npz file is not read by os.pread
     "aggregate": "alice-1.upload",
     "release-model": "model-1.enc",
     "open-model": "model-1.release",
@@ -132,7 +168,8 @@ INPUTS = {
 def test_an_input_that_changes_while_it_is_read(
     name: str, change: str, job: Scenario, place: Path
 ) -> None:
-    stage, folder = job.stage(name), place / "case"
+    stage = next(s for s in job.stages if s.step.words[0] == name and INPUTS[name] in s.step.words)
+    folder = place / "case"
     whole = (stage.folder / INPUTS[name]).read_bytes()
 
     def install(at: int) -> None:
@@ -162,7 +199,7 @@ def test_an_input_that_changes_while_it_is_read(
             assert not (folder / stage.step.output).exists()
             assert not faults.hidden(folder)
         check_recovers(stage, folder, ended, f"{name}: {change} at read {at}")
-    assert refused or name == "encrypt-grads"  # an .npz file is not read by os.pread
+    assert refused
 
 
 def _racing(folder: Path, *commands: tuple[str, ...]) -> list[int]:
@@ -256,6 +293,8 @@ def test_nothing_secret_is_ever_readable_by_others(job: Scenario, place: Path) -
 def test_no_secret_stands_in_a_public_file(job: Scenario, corpus: Corpus) -> None:
     needles = corpus.needles
     values = plaintext_values(job.end / "alice-1.grads.npz")
+    for name in ("alice-1.grads.npz", "alice-w1.safetensors", "alice-sum-2.npz"):
+        values += plaintext_runs(job.end / name, Job.load(job.end / "job/job.json"))
     searched = 0
     for path in job.end.rglob("*"):
         if not path.is_file() or path.suffix in (".key", ".npz", ".safetensors"):
@@ -269,6 +308,24 @@ def test_no_secret_stands_in_a_public_file(job: Scenario, corpus: Corpus) -> Non
     found = needles.find((job.end / "job/alice.key").read_bytes())
     assert "sign of alice" in found, "the search finds what is there"
     assert "mask_seeds" in " ".join(found)
+
+
+def test_the_search_finds_a_vector_that_is_not_encrypted(job: Scenario) -> None:
+    found, file = Job.load(job.end / "job/job.json"), job.end / "alice-1.grads.npz"
+    runs = plaintext_runs(file, found)
+    values = np.concatenate([array.ravel() for array in read_arrays(file)[0].values()])
+    clear = [file.read_bytes(), values.tobytes(), values[5:].astype("<f4").tobytes()]
+    for seed, weight in product(range(4), (1, 1 / 4)):
+        rounding = Stochastic(bytes([seed] * 32))
+        steps, _ = found.fixed_point.encode_step(values, weight, rounding, 0)
+        clear += [steps.tobytes(), steps.astype("<i4").tobytes()]
+        # The sign of the last value is that of its block.
+        signs = {np.sign(steps[k - 1]): found.packing.pack(steps[:k], 1) for k in range(6, 11)}
+        clear += [block.tobytes() for block in signs.values()]
+        assert {-1, 1} <= signs.keys()
+    for data in clear:
+        assert [run for run in runs if run in data]
+    assert not [run for run in runs if run in (-values).tobytes()]
 
 
 def test_no_secret_is_printed_by_failing_commands(

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -201,12 +202,13 @@ def test_a_step_and_its_state_appear_together(dtl: Cli, tmp_path: Path) -> None:
     write_arrays(total, gradients, "F32", metadata.model_copy(update={"kind": "sum", "round": 1}))
     out, state, other = (tmp_path / name for name in ("out.npz", "state.npz", "other.npz"))
 
-    def step(*more: object, code: int = 0) -> None:
+    def step(*more: object, code: int = 0) -> Result:
         words = ("--model", model, "--optimizer", "adam", "--state-out", state, "-o", out)
-        dtl("apply-sum", total, *words, *more, code=code)
+        return dtl("apply-sum", total, *words, *more, code=code)
 
     dtl("evaluate", "--model", total, "--data", data, code=3)  # a sum is no model
-    step("--lr", 1e308, code=7)
+    for lr in (1e300, 1e308):
+        assert "hint: take a smaller --lr" in step("--lr", lr, code=7).err
     step("-o", tmp_path / "out.txt", code=2)
     assert not state.exists()
     step()
@@ -218,7 +220,15 @@ def test_a_step_and_its_state_appear_together(dtl: Cli, tmp_path: Path) -> None:
     out.rename(other)
     step("--state", state, code=2)
     held_arrays, _ = read_arrays(state)
-    for wrong in ({"x": np.ones(1)}, held_arrays | {"steps": np.ones(())}):
+    square = next(name for name in held_arrays if name.startswith("square."))
+    steps = [{"steps": np.full(1, count)} for count in (-1.0, 0.0, 1.5)]
+    changes: list[dict[str, Any]] = [
+        *steps,
+        {"steps": np.ones(())},
+        {square: -1 - held_arrays[square]},
+    ]
+    wrongs = [{"x": np.ones(1)}, *({**held_arrays, **change} for change in changes)]
+    for wrong in wrongs:
         write_arrays(other, wrong, "F64", None, True)
         step("--state", other, "--state-out", tmp_path / "next.npz", code=3)
     name = max(held_arrays)
@@ -227,6 +237,10 @@ def test_a_step_and_its_state_appear_together(dtl: Cli, tmp_path: Path) -> None:
     assert (state.read_bytes(), out.exists()) == (held, False)
     step("--state", state, "--force", code=2)  # if it were interrupted, a rerun would step twice
     assert state.read_bytes() == held
+    plain = ("apply-sum", total, "--model", model, "--optimizer", "sgd", "-o", out)
+    assert "sgd remembers nothing" in dtl(*plain, "--state", state, code=2).err
+    dtl(*plain)
+    out.unlink()
     step("--state", state, "--state-out", tmp_path / "next.npz")
 
 

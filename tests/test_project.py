@@ -15,6 +15,7 @@ FLOORS = [
     "dtl.core.errors",
     "dtl.core.progress",
     "dtl.core.defaults",
+    "dtl.core.dumps",
     "dtl.core.crypto",
     "dtl.core.encoding",
     "dtl.datasets",

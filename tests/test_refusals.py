@@ -1,6 +1,10 @@
 """What is refused, with which exit code; nothing is ever left behind under the output's name."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -211,7 +215,8 @@ def test_fairness(new_round: NewRound) -> None:
     uploads = [round_.upload(p, random_arrays(1)) for p in ("alice", "bob", "carol")]
     result = round_.aggregate(uploads)
     round_.release(result, "--to", "alice,dave", code=5)
-    round_.release(result, "--to", "alice,zoe", code=5)
+    for option in ("--to", "--admit"):  # nobody of that name: a slip
+        round_.release(result, option, "alice,zoe", code=2)
     release = round_.release(result)
     round_.open(release, "dave", code=5)
     only = round_.release(result, "--to", "alice", out="only")
@@ -469,6 +474,32 @@ def test_passphrases(new_round: NewRound, dtl: Cli, tmp_path: Path) -> None:
         "x.npz",
         code=4,
     )
+
+
+@pytest.mark.parametrize("typed", [b"correct horse", "pferd ß".encode("latin-1")])
+def test_a_passphrase_is_the_same_bytes_from_a_file_and_a_terminal(
+    typed: bytes, new_round: NewRound, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "passphrase", tmp_path / "u"
+    file.write_bytes(typed)
+    round_ = new_round(("alice", "bob"), "--passphrase-file", file, "--min-contributors", 2)
+    gradients = round_.save("g.safetensors", random_arrays(1))
+    words = ("encrypt-grads", gradients, "--round", 1, "--key", round_.key("alice"), "-o", out)
+    command = [sys.executable, "-c", "from dtl.cli.app import main; main()", *map(str, words)]
+    master, slave = pty.openpty()
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=subprocess.PIPE) as process:
+        os.close(slave)
+        assert process.stderr is not None
+        asked = b""
+        while not asked.endswith(b"dtl: passphrase: ") and (more := process.stderr.read(1)):
+            asked += more
+        os.write(master, typed + b"\n")
+        said = process.stderr.read()
+        shown = os.read(master, 1 << 16)
+    os.close(master)
+    assert process.returncode == 0, asked + said
+    assert typed not in shown
+    assert out.exists()
 
 
 def test_ledgers_are_needed_and_checked(round_: Round) -> None:

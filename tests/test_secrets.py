@@ -1,5 +1,6 @@
 """Where secrets must not be: core dumps, process lists, temporary files, behind links."""
 
+import ctypes
 import os
 import resource
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dtl.core.parallel import Work
 from tests.helpers import Round, random_arrays
 from tests.robustness.leaks import Needles
 
@@ -28,6 +30,23 @@ def test_no_core_dump_of_a_command(tmp_path: Path) -> None:
     assert os.WIFSIGNALED(status)
     assert not os.WCOREDUMP(status)
     assert not list(tmp_path.iterdir())
+
+
+def _dumpable() -> int:
+    """What the system would do with this process (1: make a core dump), by prctl(2)."""
+    pr_get_dumpable = 3
+    return int(ctypes.CDLL(None).prctl(pr_get_dumpable, 0, 0, 0, 0))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no prctl")
+def test_no_core_dump_is_piped_to_a_handler() -> None:
+    code = (
+        "import dtl.cli.app as app, tests.test_secrets as here;"
+        "app.run = lambda: 40 + here._dumpable(); app.main()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 40
+    found = Work(2).map("look", _dumpable, [()] * 8, 8, kernel=False)
+    assert set(found) == {0}
 
 
 @pytest.mark.parametrize("target", ["a file", "nothing"])

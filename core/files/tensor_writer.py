@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from dtl.core.encoding.fixed_point import Reals
 from dtl.core.errors import UsageError
-from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput
+from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, machine_errors
 from dtl.core.files.headers import Layout, TensorSpec
 from dtl.core.files.safetensors import build_header
 from dtl.core.files.tensors import (
@@ -42,7 +42,9 @@ class TensorWriter:
 
     def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
         sink = _NpzSink if output.path.suffix == ".npz" else _SafetensorsSink
-        self._sink: _NpzSink | _SafetensorsSink = sink(output, layout, draft)
+        self._path = output.path
+        with machine_errors(self._path):
+            self._sink: _NpzSink | _SafetensorsSink = sink(output, layout, draft)
         self._todo = [(spec, spec.values) for spec in layout]
 
     def write(self, reals: Reals) -> None:
@@ -51,7 +53,8 @@ class TensorWriter:
             spec, left = self._todo[0]
             part, reals = reals[:left], reals[left:]
             if part.size:
-                self._sink.write(spec, from_reals(part, spec.dtype))
+                with machine_errors(self._path):
+                    self._sink.write(spec, from_reals(part, spec.dtype))
             self._todo[0] = (spec, left - part.size)
             if left == part.size:
                 self._todo.pop(0)
@@ -66,7 +69,8 @@ class TensorWriter:
         """Complete the file."""
         if any(left for _, left in self._todo):
             raise ValueError("values are missing")
-        self._sink.finish(metadata)
+        with machine_errors(self._path):
+            self._sink.finish(metadata)
 
 
 class _SafetensorsSink:
@@ -138,7 +142,8 @@ class _NpzSink:
         with suppress(ValueError, OSError):
             self._close_member()
             self._zip.close()
-        self._file.close()
+        with suppress(OSError):
+            self._file.close()
 
 
 def write_arrays(

@@ -9,11 +9,11 @@ import logging
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from dtl.core.errors import DtlError, FormatError, UsageError
+from dtl.core.errors import DtlError, FormatError, NumericError, UsageError
 from dtl.core.files.atomic import remove_second_names
 from dtl.core.files.headers import check_same_shapes
 from dtl.core.files.tensor_writer import unnamed_arrays
@@ -73,6 +73,8 @@ class Adam:
     def step(self, weights: Weights, gradient: Weights) -> Weights:
         """Return the weights after one step; the state holds both means and the step count."""
         held, steps = self.state, float(self.state.get("steps", np.zeros(1))[0]) + 1
+        if held and not (_counted(steps - 1) and _all_positive(held, "square.")):
+            raise ValueError("no steps lead to this state")
         state, stepped = {"steps": np.array([steps])}, {}
         for name, array in weights.items():
             zeros = np.zeros_like(array)
@@ -83,6 +85,14 @@ class Adam:
             state |= {f"mean.{name}": mean, f"square.{name}": square}
         self.state = state
         return stepped
+
+
+def _counted(steps: float) -> bool:
+    return steps >= 1 and steps.is_integer()
+
+
+def _all_positive(arrays: Weights, prefix: str) -> bool:
+    return all((a >= 0).all() for name, a in arrays.items() if name.startswith(prefix))
 
 
 _KINDS: dict[str, type[Sgd | Momentum | Adam]] = {"sgd": Sgd, "momentum": Momentum, "adam": Adam}
@@ -113,7 +123,7 @@ def apply_sum(
     their masks cancel only if everybody applied the same. Both files are finished before the
     state, and then the model, get their names; where only the state that follows is there, an
     interrupted step is completed. Raises FormatError for files that do not belong together,
-    UsageError for a state that would be lost.
+    UsageError for a state that would be lost, NumericError for a step out of all range.
     """
     if state.after is not None and _same_place(state.after, output, state.before):
         raise UsageError(f"{state.after}: the new state needs a file of its own")
@@ -132,11 +142,14 @@ def apply_sum(
             *(model, known.round, type(optimizer).__name__.lower()),
         )
     before, fits = _shapes(optimizer), False
-    with suppress(LookupError, TypeError, ValueError):  # by a state that does not fit
+    # A state that does not fit is noticed by what it raises; numbers without end, below.
+    with suppress(LookupError, TypeError, ValueError), np.errstate(all="ignore"):
         stepped = optimizer.step(weights, contributions)
         fits = state.before is None or before == _shapes(optimizer)
     if not fits:
         raise FormatError(f"{state.before}: not the state of this optimizer, for this model")
+    if not _fit(stepped, np.float32) or not _fit(optimizer.state, np.float64):
+        raise NumericError(f"{model}: the step leaves the range of {DTYPE}", "take a smaller --lr")
     named = metadata.model_copy(update={"kind": "weights"})
     with ExitStack() as stack:
         outputs = []
@@ -177,6 +190,11 @@ def _same_place(path: Path, *others: Path | None) -> bool:
 
 def _shapes(optimizer: Optimizer) -> dict[str, tuple[int, ...]]:
     return {name: array.shape for name, array in optimizer.state.items()}
+
+
+def _fit(arrays: Weights, dtype: type[np.floating[Any]]) -> bool:
+    """Whether all values are finite in this dtype."""
+    return all((np.abs(array) <= np.finfo(dtype).max).all() for array in arrays.values())
 
 
 def _holds(path: Path, arrays: Weights) -> bool:

@@ -29,6 +29,7 @@ from dtl.core.files.ledger import LedgerHead
 from tests.robustness.scenario import EPOCH, Scenario, Stage, command, play
 
 CHANGES = ("ftruncate", "truncate", "fsync", "link", "rename", "replace", "unlink", "rmdir")
+NAMING = ("link", "rename", "replace")
 TAKES_SPACE = ("open", "write", "pwrite", "mkdir", "link")
 KILLED = -signal.SIGKILL
 ESCAPED = 99  # the exit code of a child that an unforeseen exception ended
@@ -37,20 +38,24 @@ Call = Callable[..., Any]
 
 @dataclass
 class Fault:
-    """What happens at the `at`-th boundary: see MODES. `at` 0 only counts."""
+    """What happens at the `at`-th boundary: see MODES. `at` 0 only counts.
+
+    `names` are the calls so far; one that gives a file its name says which: `link:NAME`.
+    """
 
     mode: str
     at: int
     count: int = 0
     names: list[str] = field(default_factory=list)
 
-    def reached(self, name: str, write: Call | None = None) -> None:
+    def reached(self, name: str, write: Call | None = None, named: str = "") -> None:
         """Count a call; do what the mode says when it is its turn.
 
-        `write` writes the first half of what the call was to write.
+        `write` writes the first half of what the call was to write; `named` is what the call
+        names.
         """
         self.count += 1
-        self.names.append(name)
+        self.names.append(f"{name}:{named}" if named else name)
         if self.count < self.at or not self.at:
             return
         first = self.count == self.at
@@ -93,7 +98,7 @@ MODES = {
     "denied": "EACCES for the n-th file that is opened, to read or to write",
 }
 _PERSISTENT = ("read-only",)  # what was begun cannot be cleaned away by the command itself
-_LATE = ("read-only", "memory", "interrupt")  # may come when the output has its name already
+_LATE = ("read-only", "memory", "interrupt")  # may come when the output is there for good
 USAGE = 2
 
 
@@ -113,7 +118,8 @@ def install(fault: Fault) -> None:
 
         def hooked(*arguments: Any, **more: Any) -> Any:
             if fault.mode != "denied":
-                fault.reached(name)
+                named = Path(arguments[1]).name if name in NAMING else ""
+                fault.reached(name, named=named)
             return original(*arguments, **more)
 
         setattr(os, name, hooked)
@@ -211,13 +217,13 @@ def _in_child(commands: Sequence[tuple[str, ...]], folder: Path, log: Path, prep
         leave(code)
 
 
-def boundaries(stage: Stage, folder: Path, mode: str) -> int:
-    """How many boundaries a command has, in an undisturbed run."""
+def boundaries(stage: Stage, folder: Path, mode: str) -> tuple[str, ...]:
+    """The boundaries of a command, in an undisturbed run."""
     stage.copy(folder)
     ended = run_child(folder, stage.step.words, prepare=lambda: _installed(Fault(mode, 0)))
     if ended.code:
         raise AssertionError(f"{stage.step.words}: {ended.printed}")
-    return len(ended.calls)
+    return ended.calls
 
 
 def _installed(fault: Fault) -> Fault:
@@ -235,9 +241,18 @@ def check_case(stage: Stage, folder: Path, mode: str, at: int) -> None:
         assert ended.code == KILLED, print_
     else:
         assert ended.code in (0, 1), print_
-    check_recovers(
-        stage, folder, ended, print_, cleaned=mode not in _PERSISTENT, late=mode in _LATE
-    )
+    late = mode in _LATE and _is_named(stage, ended.calls[: at - 1], mode not in _PERSISTENT)
+    check_recovers(stage, folder, ended, print_, cleaned=mode not in _PERSISTENT, late=late)
+
+
+def _is_named(stage: Stage, done: Sequence[str], removable: bool) -> bool:
+    """Whether these calls have made an output, and its name durable.
+
+    One whose name is not durable yet must be taken back, where anything can be removed.
+    """
+    name = Path(stage.step.output).name
+    naming = [place for place, call in enumerate(done) if call.partition(":")[2] == name]
+    return bool(naming) and (not removable or "fsync" in done[naming[-1] :])
 
 
 def check_recovers(
@@ -313,7 +328,7 @@ def distinct(scenario: Scenario) -> list[Stage]:
 def cases(stage: Stage, folder: Path) -> Iterator[tuple[str, int]]:
     """Every (mode, call) of a command."""
     for mode in MODES:
-        for at in range(1, boundaries(stage, folder, mode) + 1):
+        for at in range(1, len(boundaries(stage, folder, mode)) + 1):
             yield mode, at
 
 

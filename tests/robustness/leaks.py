@@ -3,12 +3,18 @@
 import base64
 import json
 from collections.abc import Iterator
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from dtl.core.files.job_file import Job
 from dtl.core.files.key_file import Key, KgcSecrets, ParticipantSecrets, ServerSecrets
+from dtl.core.files.tensors import read_arrays
 
 SHORTEST = 12  # bytes: what is shorter stands somewhere by chance
+SMALL = 1000  # integers up to that do, too
 
 
 class Needles:
@@ -67,10 +73,47 @@ def _values(value: Any, name: str) -> Iterator[tuple[str, bytes]]:
 
 
 def plaintext_values(path: Path) -> list[bytes]:
-    """Every float64 and float32 of an .npz file in decimal, as a traceback would show it."""
-    import numpy as np
-
-    with np.load(path) as arrays:
-        values = [array.ravel() for array in arrays.values() if array.dtype.kind == "f"]
-    texts = {json.dumps(float(value)) for array in values for value in array}
+    """Every value of a plain file in decimal, as a traceback would show it."""
+    arrays, _ = read_arrays(path)
+    texts = {json.dumps(float(value)) for array in arrays.values() for value in array.flat}
     return [text.encode() for text in texts if len(text) >= SHORTEST]
+
+
+def plaintext_runs(path: Path, job: Job) -> list[bytes]:
+    """Any two neighbours of a plain file, as they would stand in a binary file unencrypted.
+
+    As float32 or float64; as fixed-point integers of 32 or 64 bits, or packed into a block.
+    Integers may be weighted with 1/n, and rounded down or up. What is near zero is left out:
+    it stands somewhere by chance.
+    """
+    arrays, _ = read_arrays(path)
+    values = np.concatenate([array.ravel() for array in arrays.values()])
+    found = set()
+    for dtype in ("<f4", "<f8"):
+        raw = values.astype(dtype)
+        found |= {raw[k : k + 2].tobytes() for k in range(raw.size - 1) if raw[k] and raw[k + 1]}
+    for weight in (1, 1 / len(job.names)):
+        low = [int(x) for x in np.floor(values * weight * job.fixed_point.one)]
+        for place, pair in enumerate(pairwise(low)):
+            if min(map(abs, pair)) > SMALL:
+                found |= {*_integers(*pair), *_packed(*pair, place % job.packing.slots, job)}
+    return sorted(found)
+
+
+def _integers(first: int, second: int) -> Iterator[bytes]:
+    for up, up_too, dtype in product((0, 1), (0, 1), ("<i4", "<i8")):
+        yield np.array([first + up, second + up_too], dtype).tobytes()
+
+
+def _packed(first: int, second: int, slot: int, job: Job) -> Iterator[bytes]:
+    """Two slots of a block: of signed numbers, modulo N where it is negative, or all biased.
+
+    The slots below lend or carry at most one.
+    """
+    bits, slots = job.slot_bits, job.packing.slots
+    if slot + 1 == slots:
+        return
+    bias = sum(1 << (bits * number + bits - 1) for number in range(slots))
+    for start, up, up_too in product((0, job.N, bias), (-1, 0, 1, 2), (0, 1)):
+        both = (start >> (bits * slot)) + first + up + ((second + up_too) << bits)
+        yield (both % (1 << (2 * bits))).to_bytes(2 * bits // 8, "little")

@@ -22,6 +22,7 @@ from tests.helpers import PRIMES
 NAMES = ("alice", "bob", "carol", "dave")
 PRESENT = NAMES[:3]
 ROSTER = ",".join(NAMES)
+SUFFIXES = ("safetensors", "npz")
 MODULUS_BITS = 256
 SMALL = ("--modulus-bits", str(MODULUS_BITS), "--insecure")
 EPOCH = 1_700_000_000
@@ -43,7 +44,8 @@ def _step(name: str, output: str, words: str, *accept: str) -> Step:
 
 
 def _upload(name: str, number: int, base: str) -> list[Step]:
-    gradients, upload = f"{name}-{number}.grads.npz", f"{name}-{number}.upload"
+    suffix = SUFFIXES[NAMES.index(name) % 2 - 1]  # of alice .npz, of bob the other, and so on
+    gradients, upload = f"{name}-{number}.grads.{suffix}", f"{name}-{number}.upload"
     opens = f"--model {base}" if number > 1 else ""
     return [
         _step(
@@ -183,7 +185,6 @@ def steps() -> list[Step]:
     ]
 
 
-SUFFIXES = ("safetensors", "npz")
 PARALLEL = (
     *("keygen", "encrypt-grads", "aggregate", "release-model", "open-model"),
     *("verify", "close-round", "audit", "simulate"),

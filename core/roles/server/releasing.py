@@ -67,6 +67,7 @@ def release(
     policy.check()
     check_output(output, force)
     job = key.job
+    _check_known(job, policy)
     with ExitStack() as stack:
         opened = results.open_result(job, result, stack, work)
         found, digest = opened.header, opened.digest
@@ -133,13 +134,19 @@ def newcomers(key: Key, result: Path) -> list[str]:
     return [name for name in key.job.names if name not in known]
 
 
+def _check_known(job: Job, policy: Policy) -> None:
+    for option, given in (("--to", policy.to or ()), ("--admit", policy.admit)):
+        if unknown := sorted(set(given) - set(job.names)):
+            raise UsageError(
+                f"{option}: not in this job's roster: {', '.join(unknown)}",
+                f"its participants are {', '.join(job.names)}",
+            )
+
+
 def _grants(
     job: Job, found: ResultHeader, digest: str, policy: Policy, ledger: Ledger
 ) -> tuple[str, ...]:
     """Who gets the result for having contributed to it."""
-    unknown = sorted(set(policy.to or ()) - set(job.names))
-    if unknown:
-        raise NotAllowedError(f"not in this job's roster: {', '.join(unknown)}")
     least = Fraction(policy.min_rounds or 1)
     if policy.min_share is not None:  # as it was written: 0.28 of 25 rounds are 7
         least = max(least, Fraction(str(policy.min_share)) * _rounds_of(found, digest, ledger))
@@ -177,8 +184,6 @@ def _admitted(
     """Who gets the result without having contributed: once, so that it can contribute next."""
     names = sorted(set(policy.admit))
     for name in names:
-        if job.participant(name) is None:
-            raise UsageError(f"not in this job's roster: {name}")
         if name in found.contributions:
             raise UsageError(f"--admit {name}: has contributed, and needs no admission")
         for entry in ledger.find(ReleaseEntry):
