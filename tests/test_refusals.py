@@ -878,3 +878,10 @@ def test_a_model_is_only_ever_the_servers(full: Round) -> None:
     bad = resign(full.folder / "result.enc", {"signer": "alice"}, secret, full.folder / "bad")
     full.dtl("inspect", bad, "--job", full.keys / "job.json", code=3)
     full.release(bad, out="x", code=3)
+
+
+@pytest.mark.parametrize("kind", ["upload", "job", "ee0dc1ce", "", "Close", 5])
+def test_a_document_of_an_unknown_kind_is_not_verified(round_: Round, kind: object) -> None:
+    path = round_.folder / "odd.close"
+    path.write_text(json.dumps({"kind": kind, "signer": "server"}, separators=(",", ":")))
+    round_.dtl("verify", path, "--job", round_.keys / "job.json", code=3)

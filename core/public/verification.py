@@ -60,8 +60,10 @@ def verify(path: Path, kind: str, job: Job, evidence: Evidence, work: Work) -> d
                 found = _verify_release(job, path, pool, stack, work)
             case "close" | "reveal":
                 found = _verify_document(job, path)
-            case _:
+            case "job":
                 found = {"signature": "valid; by the center that the file itself names"}
+            case _:
+                raise FormatError(f"{path}: nothing of dtl's that is signed: {kind!r}")
         given = {*evidence.uploads, *evidence.models, *evidence.reveals}
         given |= {evidence.initial} if evidence.initial else set()
         unused = sorted(map(str, given - pool.used))

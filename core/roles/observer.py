@@ -207,8 +207,11 @@ def verify(path: Path, job: Job, evidence: Evidence, work: Work) -> Description:
     start = read_start(path, len(_ZIP_MAGIC))
     if start.startswith(_JSON_START):
         kind = kind_of(path) or "job"
-        if kind == "job" and Job.load(path).digest != job.digest:
-            raise FormatError(f"{path}: another job than the one to verify it with")
+        if kind == "job":
+            if Job.load(path).digest != job.digest:
+                raise FormatError(f"{path}: another job than the one to verify it with")
+        elif kind not in ("close", "reveal"):
+            raise FormatError(f"{path}: expected a job file, a close file or a reveal")
     else:
         with Container(path) as container:
             header = read_header(container, ("upload", "sum", "model", "release"), job.digest)

@@ -228,6 +228,7 @@ def _verify_document(path: Path, job: Job) -> None:
         require(sorted([*present, *body["missing"]]) == job.names, 3, "not the roster")
         require(documents.can_close(job, len(present)), 6, "too few")
     else:
+        require(kind is None, 3, "a document of an unknown kind")
         documents.read_job(path)
 
 

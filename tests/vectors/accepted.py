@@ -18,6 +18,7 @@ def accepted() -> Iterator[Fault]:
         "open": faults.OPEN,
         "release-again": "release-model sum-1.enc --key job/server.key -o out",
         "reveal-again": faults.REVEAL,
+        "verify-close": "verify round-3.close --job job/job.json",
         "verify-job": faults.JOB,
         "verify-model": faults.VERIFY,
         "verify-sum": faults.VERIFY_SUM,

@@ -400,6 +400,13 @@ def closing() -> Iterator[Fault]:
     yield closed("job-other", "of another job", 3, put(job=OTHER))
     yield closed("field-more", "with a field too many", 3, put(more=0))
     yield Fault(
+        "close-kind-unknown",
+        "of a kind that there is not",
+        f"verify {close} --job job/job.json",
+        3,
+        lambda scene: {close: scene.plain(close, put(kind=OTHER))},
+    )
+    yield Fault(
         "close-not-signed",
         "the round has been changed; the signature is the old one",
         REVEAL,
