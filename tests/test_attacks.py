@@ -413,7 +413,7 @@ def test_masks_are_the_protocol_formula(masked: Round) -> None:
     assert isinstance(held, ParticipantSecrets)
     for other, seed in held.mask_seeds.items():
         info = b""
-        items = (b"dtl/v1/mask", bytes.fromhex(job.digest), (1).to_bytes(4, "little"), b"", b"")
+        items = (b"dtl/v2/mask", bytes.fromhex(job.digest), (1).to_bytes(4, "little"), b"", b"")
         for item in (*items, bytes.fromhex(job.roster_digest)):
             info += len(item).to_bytes(4, "little") + item
         extracted = hmac.digest(bytes(64), seed, "sha512")

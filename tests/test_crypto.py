@@ -121,7 +121,7 @@ def test_wrong_half_fails_as_a_whole() -> None:
 def test_halves_are_the_protocol_formula_and_even() -> None:
     for j, value in enumerate(A, 1):
         info = b""
-        for item in (b"dtl/v1/expand", b"server-half", JOB_ID, b"a" * 32, j.to_bytes(4, "little")):
+        for item in (b"dtl/v2/expand", b"server-half", JOB_ID, b"a" * 32, j.to_bytes(4, "little")):
             info += len(item).to_bytes(4, "little") + item
         assert value == 2 * int.from_bytes(hashlib.shake_256(info).digest(32), "little")
         assert value % 2 == 0

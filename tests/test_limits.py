@@ -33,7 +33,7 @@ def _container(header: bytes) -> bytes:
 def _upload(layout: str) -> bytes:
     digest = "0" * 128
     plain: dict[str, object] = {
-        "format": "dtl/v1",
+        "format": "dtl/v2",
         "kind": "upload",
         "job": digest,
         "signer": "alice",
@@ -47,7 +47,7 @@ def _upload(layout: str) -> bytes:
 
 def _close(missing: str) -> bytes:
     digest = "0" * 128
-    plain: dict[str, object] = {"format": "dtl/v1", "kind": "close", "job": digest, "round": 1}
+    plain: dict[str, object] = {"format": "dtl/v2", "kind": "close", "job": digest, "round": 1}
     plain |= {"roster": digest, "base": None, "created": "2026-01-01T00:00:00Z", "missing": "@"}
     plain |= {"signer": "server", "contributors": [], "signature": "A" * 86 + "=="}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":")).replace('"@"', missing)

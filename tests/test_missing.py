@@ -150,7 +150,7 @@ def test_what_a_participant_refuses_to_reveal(new_round: NewRound) -> None:
     def forged(name: str, **changes: object) -> Path:
         """A close file that a lying server signs."""
         unsigned = {k: v for k, v in (plain | changes).items() if k != "signature"}
-        digest = primitives.hash_fields("dtl/v1/close", canonical_json.dumps(unsigned))
+        digest = primitives.hash_fields("dtl/v2/close", canonical_json.dumps(unsigned))
         signature = primitives.encode_base64(primitives.sign(secret, "close", digest))
         path = round_.folder / f"{name}.close"
         path.write_bytes(canonical_json.dumps(unsigned | {"signature": signature}))

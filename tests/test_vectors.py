@@ -139,7 +139,7 @@ def test_the_second_implementation_agrees_on_a_fresh_job_at_full_size(
 
 
 def test_the_second_implementation_reads_npz(tmp_path: Path) -> None:
-    text = '{"base":null,"format":"dtl/v1","kind":"gradients","opened":null,"round":7}'
+    text = '{"base":null,"format":"dtl/v2","kind":"gradients","opened":null,"round":7}'
     path = tmp_path / "gradients.npz"
     arrays = {
         "ä": np.arange(24, dtype="<f8").reshape(2, 3, 4),

@@ -155,13 +155,13 @@ def _components(
 def expand_half(seed: bytes, label: str, job_id: bytes, bits: int) -> tuple[int, ...]:
     """Expand a 32-byte seed into the 7 exponents of a half (protocol, section 3).
 
-    2 * int_le(SHAKE-256(fields("dtl/v1/expand", label, id, seed, u32(j)))), j = 1..7: even,
+    2 * int_le(SHAKE-256(fields("dtl/v2/expand", label, id, seed, u32(j)))), j = 1..7: even,
     so that an element of order two in a ciphertext cannot reveal a bit of the half.
     """
     return tuple(
         2
         * int.from_bytes(
-            hashlib.shake_256(fields("dtl/v1/expand", label, job_id, seed, u32(j))).digest(
+            hashlib.shake_256(fields("dtl/v2/expand", label, job_id, seed, u32(j))).digest(
                 bits // 8
             ),
             "little",

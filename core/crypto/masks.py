@@ -24,7 +24,7 @@ _LIMB_BITS = 32
 
 def pair_seed(root: bytes, job_id: bytes, first: str, second: str) -> bytes:
     """The seed s_ij that the center gives to two participants, named in roster order."""
-    return derive(root, fields("dtl/v1/mask-seed", job_id, first, second), KEY_BYTES)
+    return derive(root, fields("dtl/v2/mask-seed", job_id, first, second), KEY_BYTES)
 
 
 def round_key(
@@ -36,7 +36,7 @@ def round_key(
     roster: bytes,
 ) -> bytes:
     """k_ij: bound to the job, the round, the base, what was opened as the base, the roster."""
-    info = fields("dtl/v1/mask", job, u32(number), base, opened, roster)
+    info = fields("dtl/v2/mask", job, u32(number), base, opened, roster)
     return derive(seed, info, KEY_BYTES)
 
 

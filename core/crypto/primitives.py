@@ -98,7 +98,7 @@ def signing_public_key(secret: bytes) -> bytes:
 
 def sign(secret: bytes, kind: str, digest: bytes) -> bytes:
     """Sign the digest of a file of the given kind (64 bytes)."""
-    message = fields(f"dtl/v1/{kind}", digest)
+    message = fields(f"dtl/v2/{kind}", digest)
     return Ed25519PrivateKey.from_private_bytes(secret).sign(message)
 
 
@@ -106,7 +106,7 @@ def verify_signature(public: bytes, kind: str, digest: bytes, signature: bytes, 
     """Raise VerificationError unless `signature` is that of `public` on this kind and digest."""
     try:
         key = Ed25519PublicKey.from_public_bytes(public)
-        key.verify(signature, fields(f"dtl/v1/{kind}", digest))
+        key.verify(signature, fields(f"dtl/v2/{kind}", digest))
     except (InvalidSignature, ValueError):
         raise VerificationError(
             f"{what}: the signature does not verify",
@@ -228,7 +228,7 @@ def sealed_length(length: int) -> int:
 
 def _box_keys(passphrase: bytes, salt: bytes) -> tuple[bytes, bytes]:
     stretched = Scrypt(salt=salt, length=KEY_BYTES, n=_SCRYPT_N, r=_SCRYPT_R, p=_SCRYPT_P)
-    return committed_keys(stretched.derive(passphrase), "dtl/v1/box")
+    return committed_keys(stretched.derive(passphrase), "dtl/v2/box")
 
 
 def box(passphrase: bytes, message: bytes, aad: bytes) -> tuple[bytes, bytes, bytes]:

@@ -117,14 +117,14 @@ def weights(
     """
     width = key.arithmetic.width
     state = hash_fields(
-        "dtl/v1/upload-proof",
+        "dtl/v2/upload-proof",
         header,
         signing_key,
         u32(groups),
         residues_hash,
         *(value.to_bytes(width, "little") for value in d),
     )
-    stream = hashlib.shake_256(fields("dtl/v1/upload-rho", state)).digest(groups * WEIGHT_BYTES)
+    stream = hashlib.shake_256(fields("dtl/v2/upload-rho", state)).digest(groups * WEIGHT_BYTES)
     return np.frombuffer(stream, np.uint8).reshape(groups, WEIGHT_BYTES)
 
 

@@ -47,7 +47,7 @@ class Stochastic:
     def from_text(cls, text: str) -> "Stochastic":
         """Fix the rounding by a text that a user gave."""
         given = text.encode("utf-8", "surrogateescape")  # any bytes will do
-        return cls(hash_fields("dtl/v1/rounding", given)[:32])
+        return cls(hash_fields("dtl/v2/rounding", given)[:32])
 
     def __call__(self, values: Reals, start: int) -> Reals:
         """Return floor(x) or floor(x) + 1."""

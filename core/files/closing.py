@@ -23,7 +23,7 @@ class SignedDocument(Header):
 
     @property
     def digest(self) -> str:
-        """H(fields("dtl/v1/" + kind, canonical JSON without the signature)), in hex."""
+        """H(fields("dtl/v2/" + kind, canonical JSON without the signature)), in hex."""
         return signed_digest(self.kind, self.plain())
 
     @classmethod

@@ -147,9 +147,9 @@ class Rows:
 
 
 def file_digest(raw_header: bytes, tensor_hashes: Mapping[str, bytes]) -> bytes:
-    """SHA-512(fields("dtl/v1/digest", header, for each tensor in name order: name, SHA-512))."""
+    """SHA-512(fields("dtl/v2/digest", header, for each tensor in name order: name, SHA-512))."""
     items = [item for name in sorted(tensor_hashes) for item in (name, tensor_hashes[name])]
-    return hash_fields("dtl/v1/digest", raw_header, *items)
+    return hash_fields("dtl/v2/digest", raw_header, *items)
 
 
 class ContainerWriter:

@@ -74,7 +74,7 @@ def check_same_shapes(found: Layout, expected: Layout, what: object, of: object)
 class Header(Document):
     """What every bulk file says of itself."""
 
-    format: Literal["dtl/v1"]
+    format: Literal["dtl/v2"]
     kind: str
     job: Digest
     signer: Name

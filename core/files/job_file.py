@@ -59,7 +59,7 @@ class Participant(Document):
 class Job(Document):
     """The public job file: parameters, public key, and who takes part."""
 
-    format: Literal["dtl/v1"]
+    format: Literal["dtl/v2"]
     id: Identifier
     security: str
     N: BigInteger
@@ -113,14 +113,14 @@ class Job(Document):
 
     @cached_property
     def digest(self) -> str:
-        """H(fields("dtl/v1/job", canonical JSON without the signature)), in hex."""
+        """H(fields("dtl/v2/job", canonical JSON without the signature)), in hex."""
         return signed_digest("job", self.plain())
 
     @cached_property
     def roster_digest(self) -> str:
-        """H(fields("dtl/v1/roster", canonical JSON of the participants)), in hex."""
+        """H(fields("dtl/v2/roster", canonical JSON of the participants)), in hex."""
         roster = canonical_json.dumps(self.plain()["participants"])
-        return primitives.hash_fields("dtl/v1/roster", roster).hex()
+        return primitives.hash_fields("dtl/v2/roster", roster).hex()
 
     @cached_property
     def public_key(self) -> PublicKey:
@@ -175,7 +175,7 @@ class Job(Document):
 def signed_digest(kind: str, plain: Mapping[str, Any]) -> str:
     """The digest of a signed JSON document, whether it has its signature yet or not."""
     unsigned = {key: value for key, value in plain.items() if key != "signature"}
-    return primitives.hash_fields(f"dtl/v1/{kind}", canonical_json.dumps(unsigned)).hex()
+    return primitives.hash_fields(f"dtl/v2/{kind}", canonical_json.dumps(unsigned)).hex()
 
 
 def valid_name(name: str) -> bool:

@@ -60,7 +60,7 @@ Secrets = KgcSecrets | ServerSecrets | ParticipantSecrets
 class Pins(Document):
     """The public part of a key file: whose it is, and what it belongs to."""
 
-    format: Literal["dtl/v1"]
+    format: Literal["dtl/v2"]
     name: Name
     job: Digest
     kgc: Key32
@@ -98,7 +98,7 @@ def encode_key(pins: Pins, secrets: Secrets, passphrase: bytes | None) -> bytes:
         del public["ledger"]
     if passphrase is None:
         return canonical_json.dumps(public | secrets.plain())
-    aad = primitives.fields("dtl/v1/key", canonical_json.dumps(public))
+    aad = primitives.fields("dtl/v2/key", canonical_json.dumps(public))
     salt, commit, sealed = primitives.box(passphrase, secrets.encode(), aad)
     box = Box(salt=salt, commit=commit, sealed=sealed)
     return canonical_json.dumps(public | {_BOX: box.plain()})
@@ -246,7 +246,7 @@ def _open_box(
     public = pins.plain()
     if pins.ledger is None:
         del public["ledger"]
-    aad = primitives.fields("dtl/v1/key", canonical_json.dumps(public))
+    aad = primitives.fields("dtl/v2/key", canonical_json.dumps(public))
     try:
         opened = primitives.open_box(passphrase(), box.salt, box.commit, box.sealed, aad)
     except NotAllowedError as error:

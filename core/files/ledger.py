@@ -33,7 +33,7 @@ class LedgerHead(Document):
     """The first line: which ledger this is."""
 
     event: Literal["ledger"]
-    format: Literal["dtl/v1"]
+    format: Literal["dtl/v2"]
     ledger: Identifier
     name: Name
 
@@ -123,13 +123,13 @@ def new_identifier() -> str:
 
 def first_line(identifier: str, name: str) -> bytes:
     """The bytes of a fresh ledger."""
-    head = LedgerHead(event="ledger", format="dtl/v1", ledger=identifier, name=name)
+    head = LedgerHead(event="ledger", format="dtl/v2", ledger=identifier, name=name)
     return _line(head.plain(), "")
 
 
 def _link(plain: dict[str, Any], previous: str) -> str:
     """The hash that a line carries: of the link before it, and of all else in the line."""
-    return hash_fields("dtl/v1/ledger", bytes.fromhex(previous), canonical_json.dumps(plain)).hex()
+    return hash_fields("dtl/v2/ledger", bytes.fromhex(previous), canonical_json.dumps(plain)).hex()
 
 
 def _line(plain: dict[str, Any], previous: str) -> bytes:

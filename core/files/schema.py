@@ -18,7 +18,7 @@ from dtl.core.crypto.primitives import decode_base64, encode_base64
 from dtl.core.errors import FormatError
 from dtl.core.files import canonical_json
 
-FORMAT: Final = "dtl/v1"
+FORMAT: Final = "dtl/v2"
 NAME_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"
 _HEX = re.compile(r"[1-9a-f][0-9a-f]*")
 MAX_HEX_DIGITS = 16384 // 4 * 2

@@ -27,17 +27,17 @@ def release_core(
         "sizes": {"chunk": primitives.SEAL_CHUNK, "residues": list(shape)},
         "commit": primitives.encode_base64(commit),
     }
-    return primitives.hash_fields("dtl/v1/release-core", canonical_json.dumps(core))
+    return primitives.hash_fields("dtl/v2/release-core", canonical_json.dumps(core))
 
 
 def content_keys(content_key: bytes) -> tuple[bytes, bytes]:
     """(K_enc, commit) of a content key."""
-    return primitives.committed_keys(content_key, "dtl/v1/content")
+    return primitives.committed_keys(content_key, "dtl/v2/content")
 
 
 def grant_info(core: bytes, name: str, hpke_public: bytes, server_public: bytes) -> bytes:
     """What a wrapped content key is bound to."""
-    return primitives.fields("dtl/v1/grant", core, name, hpke_public, server_public)
+    return primitives.fields("dtl/v2/grant", core, name, hpke_public, server_public)
 
 
 def seal_stream(key: bytes, core: bytes, pieces: Iterable[bytes]) -> Iterator[bytes]:

@@ -53,7 +53,7 @@ class PlainMetadata(Document):
     weights in round 0).
     """
 
-    format: Literal["dtl/v1"]
+    format: Literal["dtl/v2"]
     kind: Literal["weights", "gradients", "sum"]
     round: Round | Literal[0]
     base: Digest | None
@@ -130,14 +130,14 @@ def in_batches(pieces: Iterator[Reals], size: int) -> Iterator[Reals]:
 
 
 def initial_digest(tensors: TensorFile) -> str:
-    """V0 = H(fields("dtl/v1/initial", layout, tensor bytes in packing order)), in hex."""
+    """V0 = H(fields("dtl/v2/initial", layout, tensor bytes in packing order)), in hex."""
     total = sum(spec.values * item_bytes(spec.dtype) for spec in tensors.layout)
     pieces = (piece for spec in tensors.layout for piece in tensors.pieces(spec))
     return _initial_hash(tensors.layout, total, pieces)
 
 
 def _initial_hash(layout: Layout, length: int, pieces: Iterable[bytes]) -> str:
-    state = hashlib.sha512(fields("dtl/v1/initial", encode_layout(layout)))
+    state = hashlib.sha512(fields("dtl/v2/initial", encode_layout(layout)))
     state.update(u32(_length32(length)))
     for piece in pieces:
         state.update(piece)
@@ -180,10 +180,10 @@ def make_initial_digest(arrays: dict[str, NDArray[np.float64]], dtype: str) -> s
 
 
 class VectorDigest:
-    """V = H(fields("dtl/v1/vector", layout, integers as little-endian i64)), piece by piece."""
+    """V = H(fields("dtl/v2/vector", layout, integers as little-endian i64)), piece by piece."""
 
     def __init__(self, layout: Layout, count: int) -> None:
-        self._state = hashlib.sha512(fields("dtl/v1/vector", encode_layout(layout)))
+        self._state = hashlib.sha512(fields("dtl/v2/vector", encode_layout(layout)))
         self._state.update(u32(_length32(8 * count)))
 
     def update(self, integers: NDArray[np.int64]) -> None:

@@ -60,7 +60,7 @@ class Bulk:
             for name, tensor in self.tensors.items()
             for part in (name.encode(), hashlib.sha512(tensor.data).digest())
         ]
-        return hashed("dtl/v1/digest", self.raw, *parts)
+        return hashed("dtl/v2/digest", self.raw, *parts)
 
 
 def read_container(raw: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -239,7 +239,7 @@ def audit(given: Given) -> None:
 def content_of(header: dict[str, object]) -> bytes:
     """What the ledger calls `content`."""
     timeless = {field: value for field, value in header.items() if field != "created"}
-    return hashed("dtl/v1/result", dumps(timeless))
+    return hashed("dtl/v2/result", dumps(timeless))
 
 
 COMMANDS: dict[str, Callable[[Given], None]] = {

@@ -30,7 +30,7 @@ from tests.second.encoding import (
 )
 from tests.second.group import Group
 
-FORMAT = "dtl/v1"
+FORMAT = "dtl/v2"
 HEADER = "format kind job signer created"
 JOB = (
     "format id security N g h slot_bits fraction_bits min_contributors masks kem server "
@@ -40,7 +40,7 @@ JOB = (
 
 def verify(public: bytes, kind: str, digest: bytes, signature: bytes) -> None:
     try:
-        signed = fields("dtl/v1/" + kind, digest)
+        signed = fields("dtl/v2/" + kind, digest)
         Ed25519PublicKey.from_public_bytes(public).verify(signature, signed)
     except (InvalidSignature, ValueError) as error:
         raise Refused(4, "the signature does not verify") from error
@@ -117,8 +117,8 @@ def read_job(path: Path) -> Job:
     security = {3072: "128", 2048: "112"}.get(bits, f"insecure-{bits}")
     require(body["security"] == security, 3, "the security is not that of N")
     unsigned = {key: value for key, value in body.items() if key != "signature"}
-    digest = hashed("dtl/v1/job", dumps(unsigned))
-    roster_digest = hashed("dtl/v1/roster", dumps(body["participants"]))
+    digest = hashed("dtl/v2/job", dumps(unsigned))
+    roster_digest = hashed("dtl/v2/roster", dumps(body["participants"]))
     job = Job(body, digest, roster_digest, group, roster, sign, hpke)
     require(job.e_max >= 1, 3, "no room for a contribution")
     verify(sign["kgc"], "job", digest, signature)
@@ -163,7 +163,7 @@ def _document(path: Path, kind: str, names_of_fields: str) -> tuple[Document, by
     encoding.digest_or_null(body["base"])
     signature = from_base64(body["signature"], 64)
     unsigned = {key: value for key, value in body.items() if key != "signature"}
-    return Document(body, hashed(f"dtl/v1/{kind}", dumps(unsigned))), signature
+    return Document(body, hashed(f"dtl/v2/{kind}", dumps(unsigned))), signature
 
 
 def read_close(path: Path, job: Job) -> Document:
@@ -240,9 +240,9 @@ def _stretched(salt: bytes, passphrase: bytes) -> bytes:
 def _unbox(public: dict[str, Any], box: Any, passphrase: bytes) -> bytes:
     parts = exactly(box, "salt commit sealed")
     salt, commit = from_base64(parts["salt"], 32), from_base64(parts["commit"], 32)
-    derived = hkdf(_stretched(salt, passphrase), fields("dtl/v1/box"), 64)
+    derived = hkdf(_stretched(salt, passphrase), fields("dtl/v2/box"), 64)
     require(derived[32:] == commit, 5, "a wrong passphrase")
-    aad = fields("dtl/v1/key", dumps(public))
+    aad = fields("dtl/v2/key", dumps(public))
     try:
         sealed = from_base64(parts["sealed"])
         return ChaCha20Poly1305(derived[:32]).decrypt(bytes(11) + b"\1", sealed, aad)

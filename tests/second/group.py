@@ -60,7 +60,7 @@ class Group:
             2
             * int.from_bytes(
                 hashlib.shake_256(
-                    fields("dtl/v1/expand", label, self.identity, seed, u32(j))
+                    fields("dtl/v2/expand", label, self.identity, seed, u32(j))
                 ).digest(self.ell // 8),
                 "little",
             )

@@ -115,7 +115,7 @@ class Witnessed:
             releases.open_release(job, key, found, entries)
         (content_key,) = content_keys  # one for all
         residues = releases.unseal(job, found, content_key)
-        derived = hkdf(content_key, fields("dtl/v1/content"), 64)
+        derived = hkdf(content_key, fields("dtl/v2/content"), 64)
         return {
             "digest": found.digest.hex(),
             "core": releases.core(job, found).hex(),

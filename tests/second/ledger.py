@@ -70,7 +70,7 @@ def read(path: Path, key: Key) -> list[Entry]:
         except Refused as error:
             raise Refused(4, f"a damaged line: {error}") from error
         unlinked = {field: value for field, value in entry.items() if field != "link"}
-        link = hashed("dtl/v1/ledger", link, dumps(unlinked))
+        link = hashed("dtl/v2/ledger", link, dumps(unlinked))
         require(entry["link"] == link.hex(), 4, "the chain is broken")
         entries.append(entry)
     first = {"event": "ledger", "format": FORMAT, "ledger": key.ledger, "name": key.name}

@@ -10,13 +10,13 @@ from tests.second.group import Blocks, rows
 
 def pair_seed(job: Job, mask_root: bytes, one: str, other: str) -> bytes:
     first, second = sorted((one, other))
-    info = fields("dtl/v1/mask-seed", job.group.identity, first, second)
+    info = fields("dtl/v2/mask-seed", job.group.identity, first, second)
     return hkdf(mask_root, info, 32)
 
 
 def round_key(job: Job, seed: bytes, round_: int, base: bytes | None, opened: bytes) -> bytes:
     """k_ij."""
-    info = fields("dtl/v1/mask", job.digest, u32(round_), base, opened, job.roster)
+    info = fields("dtl/v2/mask", job.digest, u32(round_), base, opened, job.roster)
     return hkdf(seed, info, 32)
 
 

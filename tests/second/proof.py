@@ -27,14 +27,14 @@ def read(job: Job, upload: Bulk) -> Proof:
     (d,) = rows(raw[: 8 * width], width, 8)
     (v,) = rows(raw[end:], width // 2, 7)
     h0 = hashed(
-        "dtl/v1/upload-proof",
+        "dtl/v2/upload-proof",
         upload.raw,
         job.sign[upload.header["signer"]],
         u32(groups),
         hashlib.sha512(sent.data).digest(),
         *(raw[at : at + width] for at in range(0, 8 * width, width)),
     )
-    stream = hashlib.shake_256(fields("dtl/v1/upload-rho", h0)).digest(16 * groups)
+    stream = hashlib.shake_256(fields("dtl/v2/upload-rho", h0)).digest(16 * groups)
     rho = [row[0] for row in rows(stream, 16, 1)]
     return Proof(d, int.from_bytes(raw[8 * width : end], "little"), v, rho)
 

@@ -45,7 +45,7 @@ def core(job: Job, release: Bulk) -> bytes:
     named["grants"] = sorted(granted(release))
     named["sizes"] = {"chunk": CHUNK, "residues": [groups, 8, job.group.width]}
     named["commit"] = header["commit"]
-    return hashed("dtl/v1/release-core", dumps(named))
+    return hashed("dtl/v2/release-core", dumps(named))
 
 
 def unwrap(job: Job, key: Key, release: Bulk) -> bytes:
@@ -53,7 +53,7 @@ def unwrap(job: Job, key: Key, release: Bulk) -> bytes:
     wrapped = {entry["participant"]: entry["wrapped"] for entry in release.header["grants"]}
     require(key.name in wrapped, 5, "not granted")
     public = job.hpke[key.name]
-    info = fields("dtl/v1/grant", core(job, release), key.name, public, job.sign["server"])
+    info = fields("dtl/v2/grant", core(job, release), key.name, public, job.sign["server"])
     kem = MLKEM768PrivateKey.from_seed_bytes(key.secret["hpke"][:64])
     exchange = X25519PrivateKey.from_private_bytes(key.secret["hpke"][64:])
     try:
@@ -68,7 +68,7 @@ def unwrap(job: Job, key: Key, release: Bulk) -> bytes:
 
 def unseal(job: Job, release: Bulk, content_key: bytes) -> Residues:
     """The payload: the residues of the result with the server's half taken off."""
-    derived = hkdf(content_key, fields("dtl/v1/content"), 64)
+    derived = hkdf(content_key, fields("dtl/v2/content"), 64)
     commit = base64.b64encode(derived[32:]).decode()
     require(commit == release.header["commit"], 4, "not the key that is committed to")
     sealed = release.tensors["sealed"].data

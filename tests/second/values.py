@@ -56,7 +56,7 @@ def check_headroom(job: Job, integers: list[int], kind: str) -> None:
 def vector_digest(layout: Any, integers: list[int]) -> bytes:
     """V."""
     raw = struct.pack(f"<{len(integers)}q", *integers)
-    return encoding.hashed("dtl/v1/vector", dumps(layout), raw)
+    return encoding.hashed("dtl/v2/vector", dumps(layout), raw)
 
 
 @dataclass
@@ -70,7 +70,7 @@ class Plain:
     @property
     def digest(self) -> bytes:
         """V0."""
-        return encoding.hashed("dtl/v1/initial", dumps(self.layout), self.data)
+        return encoding.hashed("dtl/v2/initial", dumps(self.layout), self.data)
 
     def floats(self) -> list[float]:
         found: list[float] = []
@@ -96,7 +96,7 @@ def read_plain(path: Path) -> Plain:
     metadata: dict[str, Any] = {}
     if text is not None:
         metadata = encoding.exactly(encoding.loads(text), "format kind round base opened")
-        require(metadata["format"] == "dtl/v1", 3, "another format")
+        require(metadata["format"] == "dtl/v2", 3, "another format")
         require(metadata["kind"] in ("weights", "gradients", "sum"), 3, "another kind")
         encoding.integer(metadata["round"], 0, 2**32 - 1)
         encoding.digest_or_null(metadata["base"])

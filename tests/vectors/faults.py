@@ -277,7 +277,7 @@ def spellings() -> Iterator[Fault]:
     yield header("long-number", "a number of 5,000 digits", '"round":1', '"round":' + "1" * 5000)
     yield header("surrogate", "half a surrogate pair", '"b"', '"\\ud800"')
     yield header("escaped", "a letter escaped without need", '"b"', '"\\u0062"')
-    yield header("slash", "an escaped slash", '"dtl/v1"', '"dtl\\/v1"')
+    yield header("slash", "an escaped slash", '"dtl/v2"', '"dtl\\/v1"')
     yield header("true", "true for 1", '"round":1', '"round":true')
     yield header("null", "null for a text", '"kind":"upload"', '"kind":null')
     yield header("look-alike", "a Cyrillic letter in a name", '"alice"', '"аlice"')
@@ -1044,7 +1044,7 @@ def _box(scene: Scene) -> bytes:
     public = canonical_json.dumps(key.pins.plain())
     salt = bytes(range(32))
     derived, commit = primitives._box_keys(PASSPHRASE.rstrip(b"\n"), salt)
-    aad = primitives.fields("dtl/v1/key", public)
+    aad = primitives.fields("dtl/v2/key", public)
     data = primitives.seal_chunk(derived, 0, True, key.secrets.encode(), aad)
     box = key_file.Box(salt=salt, commit=commit, sealed=data)
     return canonical_json.dumps(key.pins.plain() | {"box": box.plain()})
@@ -1125,5 +1125,5 @@ def _released_other(entries: list[Json]) -> None:
 
 
 def _known(digest: str, kind: str = "weights") -> str:
-    metadata = {"base": digest, "format": "dtl/v1", "kind": kind, "opened": digest, "round": 0}
+    metadata = {"base": digest, "format": "dtl/v2", "kind": kind, "opened": digest, "round": 0}
     return canonical_json.dumps(metadata).decode()

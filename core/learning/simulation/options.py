@@ -140,7 +140,7 @@ class SimulationOptions(BaseModel):
 
     def _hash(self, purpose: str, number: int, name: str) -> bytes:
         """Repeatable choices, from the seed: never for anything secret."""
-        return hash_fields("dtl/v1/simulation", purpose, str(self.seed), str(number), name)
+        return hash_fields("dtl/v2/simulation", purpose, str(self.seed), str(number), name)
 
 
 def participant_names(text: str) -> tuple[str, ...]:

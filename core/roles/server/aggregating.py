@@ -113,7 +113,7 @@ def _start(job: Job, given: Round, stack: ExitStack, work: Work) -> Start | None
 def _content(header: ResultHeader) -> str:
     """The hash of a manifest without its time."""
     timeless = {name: value for name, value in header.plain().items() if name != "created"}
-    return primitives.hash_fields("dtl/v1/result", canonical_json.dumps(timeless)).hex()
+    return primitives.hash_fields("dtl/v2/result", canonical_json.dumps(timeless)).hex()
 
 
 @dataclass(frozen=True)
