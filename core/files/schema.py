@@ -51,6 +51,7 @@ Item = TypeVar("Item")
 Items = Annotated[tuple[Item, ...], FailFast()]
 """Any number of items; the first bad one ends the check, as every error takes memory."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+Tag = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 Round = Annotated[int, Field(ge=1, lt=1 << 32)]
