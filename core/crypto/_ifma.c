@@ -706,8 +706,9 @@ int ifma_check(const ifma_modulus *mod, const uint8_t *batch, size_t count, uint
     return status;
 }
 
-/* For canonical (a, b): b where a = 1, N - 1 - b where a = N - 1. True if each a is either. */
-IFMA static bool logarithm(const ifma_modulus *mod, vec *x)
+/* For canonical (a, b): b where a = 1, N - 1 - b where a = N - 1, else 0. Returns the lanes in
+ * which a is either. */
+IFMA static __mmask8 logarithm(const ifma_modulus *mod, vec *x)
 {
     const size_t limbs = mod->limbs;
     const vec mask = _mm512_set1_epi64((long long)LIMB), one = _mm512_set1_epi64(1);
@@ -724,12 +725,14 @@ IFMA static bool logarithm(const ifma_modulus *mod, vec *x)
         vec last = i ? mod->n[i] : _mm512_sub_epi64(mod->n[i], one);
         vec s = _mm512_add_epi64(_mm512_sub_epi64(last, b[i]), borrow);
         b[i] = _mm512_mask_and_epi64(b[i], minus, s, mask);
+        b[i] = _mm512_maskz_mov_epi64(plus | minus, b[i]);
         borrow = _mm512_srai_epi64(s, BITS);
     }
-    return (plus | minus) == 0xff;
+    return plus | minus;
 }
 
-int ifma_logarithms(const ifma_modulus *mod, const uint8_t *batch, size_t count, uint8_t *out)
+int ifma_logarithms(const ifma_modulus *mod, const uint8_t *batch, size_t count, uint8_t *out,
+                    uint8_t *good)
 {
     const size_t limbs = mod->limbs, width = mod->width, bytes = 2 * width;
     const size_t size = 2 * limbs + scratch_size(mod);
@@ -737,18 +740,18 @@ int ifma_logarithms(const ifma_modulus *mod, const uint8_t *batch, size_t count,
     if (!memory)
         return IFMA_MEMORY;
     vec *x = memory, *scratch = memory + 2 * limbs;
-    int status = IFMA_OK;
-    for (size_t i = 0; i < count && status == IFMA_OK; i += IFMA_LANES) {
+    for (size_t i = 0; i < count; i += IFMA_LANES) {
         const size_t lanes = at_most(IFMA_LANES, count - i);
         load_montgomery(mod, x, batch + i * bytes, bytes, lanes, scratch);
         leave(mod, x, x, NULL, scratch);
         canonical(mod, x, scratch);
-        if (!logarithm(mod, x))
-            status = IFMA_REFUSED;
+        const __mmask8 opened = logarithm(mod, x);
+        for (size_t lane = 0; lane < lanes; lane++)
+            good[i + lane] = opened >> lane & 1;
         store(out + i * width, width, width, lanes, x + limbs, limbs);
     }
     release(memory, size);
-    return status;
+    return IFMA_OK;
 }
 
 /* --- powers ---------------------------------------------------------------------------------*/

@@ -58,8 +58,9 @@ int ifma_add_blocks(const ifma_modulus *m, const uint8_t *batch, const uint8_t *
  * is that of the batch modulo N but for a power of R. */
 int ifma_check(const ifma_modulus *m, const uint8_t *batch, size_t count, uint8_t *products);
 
-/* L(u) or L(-u); IFMA_REFUSED unless every u is 1 or -1 modulo N. */
-int ifma_logarithms(const ifma_modulus *m, const uint8_t *batch, size_t count, uint8_t *out);
+/* good[i] = 1 and out[i] = L(u) or L(-u) where u is 1 or -1 modulo N, else both are zero. */
+int ifma_logarithms(const ifma_modulus *m, const uint8_t *batch, size_t count, uint8_t *out,
+                    uint8_t *good);
 
 /* out[i][e] = bases[i]^exponents[e]. */
 int ifma_shared_powers(const ifma_modulus *m, const uint8_t *bases, size_t count,

@@ -283,19 +283,19 @@ static PyObject *logarithms(PyObject *self, PyObject *args)
 {
     const Modulus *m = (Modulus *)self;
     PyObject *result = NULL;
-    Py_buffer b[2] = {0};
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1]))
+    Py_buffer b[3] = {0};
+    if (!PyArg_ParseTuple(args, "y*w*w*", &b[0], &b[1], &b[2]))
         goto done;
     const Py_ssize_t count = items(&b[0], 2 * m->width, "batch");
-    if (count < 0 || !is_of(&b[1], count, m->width, "out"))
+    if (count < 0 || !is_of(&b[1], count, m->width, "out") || !is_of(&b[2], count, 1, "good"))
         goto done;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = ifma_logarithms(m->mod, b[0].buf, (size_t)count, b[1].buf);
+    status = ifma_logarithms(m->mod, b[0].buf, (size_t)count, b[1].buf, b[2].buf);
     Py_END_ALLOW_THREADS
-    result = bool_or_error(status);
+    result = none_or_error(status);
 done:
-    release_all(b, 2);
+    release_all(b, 3);
     return result;
 }
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtl.core.crypto import arithmetic, portable
 from dtl.core.crypto.arithmetic import Bytes, best_window, from_integers, to_integers
@@ -110,11 +111,13 @@ class Arithmetic(arithmetic.Arithmetic):
         )
         return out
 
-    def powers(self, bases: Bytes, exponent: int) -> Bytes:
+    def powers(self, bases: Bytes, exponent: int, *, public: bool = False) -> Bytes:
         """The powers of eight bases at a time."""
-        return self.shared_base_powers(bases, [exponent]).reshape(bases.shape)
+        return self.shared_base_powers(bases, [exponent], public=public).reshape(bases.shape)
 
-    def shared_base_powers(self, bases: Bytes, exponents: Sequence[int]) -> Bytes:
+    def shared_base_powers(
+        self, bases: Bytes, exponents: Sequence[int], *, public: bool = False
+    ) -> Bytes:
         """Yao's method with sliding windows, eight bases at a time."""
         out = np.empty((len(bases), len(exponents), self.width), np.uint8)
         if out.size:
@@ -137,12 +140,15 @@ class Arithmetic(arithmetic.Arithmetic):
         )
         return out
 
-    def _logarithms(self, residues: Bytes) -> Bytes | None:
-        out = np.empty((*residues.shape[:-1], self.block_width), np.uint8)
-        return out if self._kernel.logarithms(self._residues(residues), out) else None
+    def logarithms(self, residues: Bytes) -> tuple[Bytes, NDArray[np.bool_]]:
+        """Eight at a time, all of them."""
+        shape = residues.shape[:-1]
+        out, good = np.empty((*shape, self.block_width), np.uint8), np.empty(shape, np.bool_)
+        self._kernel.logarithms(self._residues(residues), out, good.view(np.uint8))
+        return out, good
 
     def fixed_base_table(
-        self, bases: Sequence[int], exponent_bits: int, uses: int
+        self, bases: Sequence[int], exponent_bits: int, uses: int, *, groups: bool = False
     ) -> "FixedBaseTable":
         """A table of up to eight bases, within MAX_TABLE_BYTES."""
         entry = self._kernel.element_bytes()

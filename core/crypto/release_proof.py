@@ -1,0 +1,175 @@
+"""The proof inside a release: the residues sealed in it are the result's without half a.
+
+For a result's groups i = 1..T with residues c, and c'_{j,i} = c_{j,i} lift(c_{0,i})^(-a_j), the
+server combines all groups with 128-bit weights rho_i,
+
+    Gamma = lift(prod c_{0,i}^rho_i),   D_j = prod (c_{j,i} / c'_{j,i})^rho_i,
+
+and proves that log_Gamma D_j = log_g A_j for j = 1..7, with A_j = g^(a_j) from the public key:
+
+    g^z_j = +- t_j A_j^e,   Gamma^z_j = +- t'_j D_j^e.
+
+So whoever opens the release knows that it is the signed result. Source: PROTOCOL.md, section
+8; Chaum-Pedersen (Crypto '92) in a group of unknown order, Fiat-Shamir made non-interactive,
+small-exponent batching of Bellare-Garay-Rabin (Eurocrypt '98).
+"""
+
+import hashlib
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dtl.core.crypto import scheme
+from dtl.core.crypto.group import COMPONENTS, PublicKey
+from dtl.core.crypto.primitives import fields, hash_fields, u32
+from dtl.core.crypto.residues import Bytes, from_integers, to_integers
+from dtl.core.errors import FormatError, VerificationError
+
+SYSTEM_BYTES = 64
+"""Bytes drawn from the operating system for every proof."""
+
+_WEIGHT_BYTES = 16
+_HIDING_BITS = 256  # w is so much longer than ell
+
+
+class _Statement(NamedTuple):
+    """What is proven: hashes bind it, [width] and [7, width] are its group elements."""
+
+    core: bytes
+    of: bytes
+    opened: bytes
+    gamma: Bytes
+    quotients: Bytes
+
+    def items(self) -> tuple[bytes, ...]:
+        """The items that stand for it in a hash, in order."""
+        gamma, quotients = self.gamma.tobytes(), self.quotients.tobytes()
+        return self.core, self.of, self.opened, gamma, quotients
+
+
+def half_opened_bytes(key: PublicKey, groups: int) -> int:
+    """Bytes of c', [groups, 7, width]."""
+    return groups * COMPONENTS * key.arithmetic.width
+
+
+def _response_width(key: PublicKey) -> int:
+    return -(-(key.exponent_bits + _HIDING_BITS + 1) // 8)
+
+
+def proof_length(key: PublicKey) -> int:
+    """Bytes of a proof: t_1..t_7, t'_1..t'_7, z_1..z_7."""
+    return COMPONENTS * (2 * key.arithmetic.width + _response_width(key))
+
+
+def prove(
+    key: PublicKey,
+    half: Sequence[int],
+    seed: bytes,
+    core: bytes,
+    of: bytes,
+    residues: Bytes,
+    opened: Bytes,
+) -> bytes:
+    """The proof for c = `residues` [T, 8, width] and c' = `opened` [T, 7, width].
+
+    `half` is the server's, `seed` the one that it was expanded from; `core` and `of` are
+    digests: of what the release says, and of the result.
+    """
+    arithmetic = key.arithmetic
+    statement = _state(key, core, of, residues, opened)
+    w = _witness(key, seed, statement)
+    bases = np.stack([_row(key, key.g), statement.gamma])
+    t, t_prime = arithmetic.shared_base_powers(bases, w)
+    e = _challenge(statement, t, t_prime)
+    z = [w_j + e * a_j for w_j, a_j in zip(w, half, strict=True)]
+    responses = from_integers(z, _response_width(key))
+    return b"".join(part.tobytes() for part in (t, t_prime, responses))
+
+
+def verify(
+    key: PublicKey, core: bytes, of: bytes, residues: Bytes, opened: Bytes, proof: bytes
+) -> None:
+    """Raise VerificationError unless `opened` is what the server's half makes of `residues`.
+
+    Checks that c, c', t and t' are valid first (protocol, section 4): with a c_0 of zero in one
+    group, everything would pass.
+    """
+    if not _holds(key, core, of, residues, opened, proof):
+        raise VerificationError(
+            "the proof of the release does not hold",
+            "what the server sealed is not the signed result without its half",
+        )
+
+
+def _holds(
+    key: PublicKey, core: bytes, of: bytes, residues: Bytes, opened: Bytes, proof: bytes
+) -> bool:
+    arithmetic = key.arithmetic
+    shape = (len(residues), COMPONENTS, arithmetic.width)
+    if len(proof) != proof_length(key) or opened.shape != shape:
+        return False
+    split = 2 * COMPONENTS * arithmetic.width
+    commitments = np.frombuffer(proof[:split], np.uint8).reshape(2, COMPONENTS, -1)
+    responses = np.frombuffer(proof[split:], np.uint8).reshape(COMPONENTS, -1)
+    try:
+        scheme.check(key, residues)
+        arithmetic.check(opened)
+        arithmetic.check(commitments)
+    except FormatError:
+        return False
+    z = to_integers(responses)
+    if any(number >> (key.exponent_bits + _HIDING_BITS + 1) for number in z):
+        return False
+    statement = _state(key, core, of, residues, opened)
+    e = _challenge(statement, *commitments)
+    bases = np.stack([_row(key, key.g), statement.gamma])
+    left = arithmetic.shared_base_powers(bases, z, public=True)
+    servers = from_integers(key.server, arithmetic.width)
+    images = np.concatenate([servers, statement.quotients])
+    powers = arithmetic.powers(images, e, public=True).reshape(commitments.shape)
+    right = arithmetic.product([commitments, powers])
+    sides = zip(to_integers(left), to_integers(right), strict=True)
+    return all(a in (b, key.n**2 - b) for a, b in sides)
+
+
+def _row(key: PublicKey, number: int) -> Bytes:
+    return from_integers([number], key.arithmetic.width).reshape(-1)
+
+
+def _state(key: PublicKey, core: bytes, of: bytes, residues: Bytes, opened: Bytes) -> _Statement:
+    """Gamma and D_1..D_7, and the hashes of what they come from."""
+    arithmetic = key.arithmetic
+    digest = hashlib.sha512(opened.tobytes()).digest()
+    groups = residues.copy()
+    groups[:, 1:] = arithmetic.product([residues[:, 1:], arithmetic.inverse(opened)])
+    count = len(groups) * _WEIGHT_BYTES
+    stream = hashlib.shake_256(fields("dtl/v2/release-rho", core, of, digest)).digest(count)
+    rho = np.frombuffer(stream, np.uint8).reshape(-1, _WEIGHT_BYTES)
+    products = arithmetic.weighted_products(groups, rho)
+    gamma = arithmetic.lift(products[:1])[0]
+    return _Statement(core, of, digest, gamma, products[1:])
+
+
+def _witness(key: PublicKey, seed: bytes, statement: _Statement) -> list[int]:
+    """w_1..w_7, fresh for every proof and every j.
+
+    A w that is used under two challenges gives a_j away. So it depends on fresh bytes of the
+    operating system and on the statement and the seed as well: a machine restored from a
+    snapshot, or one whose generator repeats itself, makes the same w for the same statement
+    only, which has the same challenge.
+    """
+    fresh = secrets.token_bytes(SYSTEM_BYTES)
+    count = (key.exponent_bits + _HIDING_BITS) // 8
+    inputs = (
+        fields("dtl/v2/release-witness", seed, fresh, *statement.items(), u32(j))
+        for j in range(1, COMPONENTS + 1)
+    )
+    return [int.from_bytes(hashlib.shake_256(item).digest(count), "little") for item in inputs]
+
+
+def _challenge(statement: _Statement, t: Bytes, t_prime: Bytes) -> int:
+    """e: 128 bits of the hash of the statement and the commitments."""
+    digest = hash_fields("dtl/v2/release-proof", *statement.items(), t.tobytes(), t_prime.tobytes())
+    return int.from_bytes(digest[:_WEIGHT_BYTES], "little")
