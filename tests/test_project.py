@@ -18,6 +18,7 @@ FLOORS = [
     "dtl.core.dumps",
     "dtl.core.crypto",
     "dtl.core.encoding",
+    "dtl.core.lattice",
     "dtl.datasets",
     "dtl.core.files",
     "dtl.core.cluster",
