@@ -24,7 +24,17 @@ from dtl.core.files import canonical_json
 from dtl.core.files.atomic import machine_errors
 from dtl.core.files.job_file import MAX_DOCUMENT_BYTES
 from dtl.core.files.key_file import Key
-from dtl.core.files.schema import Digest, Document, Identifier, Items, Name, Round, Timestamp
+from dtl.core.files.schema import (
+    Digest,
+    Document,
+    Identifier,
+    Items,
+    Name,
+    OlderFormatError,
+    Round,
+    Timestamp,
+    refuse_older,
+)
 
 _LINK = "link"
 
@@ -144,7 +154,8 @@ def is_ledger(data: bytes) -> bool:
 def read_entries(data: bytes, what: str) -> list[Document]:
     """The entries of a ledger's whole lines, its head first.
 
-    Raises VerificationError for a damaged line or a broken chain.
+    Raises VerificationError for a damaged line or a broken chain, FormatError for a ledger of an
+    older version.
     """
     return _read_lines(io.BytesIO(data), what)[0]
 
@@ -164,9 +175,13 @@ def _read_lines(file: IO[bytes], what: str) -> tuple[list[Document], str, int]:
             break
         try:
             plain = canonical_json.loads(line, place)
+            if number == 1:
+                refuse_older(plain, what)
             link = plain.pop(_LINK)
             kind = LedgerHead if number == 1 else _ENTRIES[plain["event"]]
             entries.append(kind.check(plain, place))
+        except OlderFormatError:
+            raise
         except (FormatError, AttributeError, KeyError, TypeError):
             raise VerificationError(f"{place}: damaged") from None
         if link != _link(plain, previous):
