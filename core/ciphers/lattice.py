@@ -28,7 +28,7 @@ from dtl.core.ciphers.cipher import (
     spans,
 )
 from dtl.core.crypto import masks
-from dtl.core.crypto.group import COMPONENTS, PublicKey
+from dtl.core.crypto.group import COMPONENTS
 from dtl.core.crypto.one_time import OneTimeKeys
 from dtl.core.crypto.residues import Bytes
 from dtl.core.encoding.fixed_point import FixedPoint, Integers, Stochastic
@@ -42,7 +42,7 @@ BATCH_POLYNOMIALS = 8
 WIDE_POLYNOMIALS = 64
 """Where many files are read side by side: their bodies are checked in pieces of 4 MiB."""
 
-BodyMasks = tuple[tuple[int, bytes], ...]
+BodyMasks = tuple[door.Mask, ...]
 
 
 class LatticeCipher(Cipher):
@@ -86,8 +86,8 @@ class LatticeCipher(Cipher):
             step = max(step, min(WIDE_POLYNOMIALS, -(-shape.polynomials // lanes)))
         found = []
         for first, count in spans(shape.polynomials, step):
-            start, length, value, held = shape.span(first, count)
-            found.append(Batch(value, held, 0, 0, start, length))
+            span = shape.span(first, count)
+            found.append(Batch(span.first_value, span.values, 0, 0, span.start, span.length))
         return found
 
     def encoder(
@@ -124,19 +124,17 @@ class LatticeCipher(Cipher):
         total = door.arithmetic(self.ring).sum(shape, first, count)
         for read in uploads:
             total.add(read(batch.first_byte, batch.body_bytes))
-        total.add_masks([(-sign, key) for sign, key in _body_masks(orphans)])
+        total.add_masks(_body_masks(masks.opposite(orphans)))
         if parent is not None:
             total.subtract_from(parent(batch.first_byte, batch.body_bytes))
         elif initial is not None:
-            slot_bits = self.fixed_point.slot_bits
-            start = door.arithmetic(self.ring).encode_public(slot_bits, initial, shape, first)
-            total.subtract_from(start)
-        return total.body()
+            total.subtract_from(door.arithmetic(self.ring).encode_public(initial, shape, first))
+        return total.body().tobytes()
 
     def _polynomials(self, shape: Shape, batch: Batch) -> tuple[int, int]:
         """(first, count) of the polynomials of a batch."""
-        first = batch.first // shape.polynomial_values
-        return first, -(-(batch.first + batch.values) // shape.polynomial_values) - first
+        first = batch.first // shape.capacity
+        return first, shape.holding(first, batch.values)
 
     def decode(
         self,
@@ -189,7 +187,7 @@ class LatticeCipher(Cipher):
             raise ValueError("a lattice vector has a body")
         arithmetic = door.arithmetic(self.ring)
         transformed = arithmetic.transform(secret)
-        public = arithmetic.public_key(job)
+        public = door.public_key(job)
         batches = self.batches(values)
         tasks = (
             (self, public, transformed, bound, values, batch, body, body_masks)
@@ -203,7 +201,7 @@ class LatticeCipher(Cipher):
 def _open_batch(
     cipher: LatticeCipher,
     public: bytes,
-    transformed: "door.Transformed",
+    transformed: door.Words,
     bound: int,
     values: int,
     batch: Batch,
@@ -211,23 +209,30 @@ def _open_batch(
     body_masks: BodyMasks,
 ) -> tuple[Integers, list[int]]:
     """Open one batch; returns its integers, and the polynomials that cannot be right."""
-    shape = cipher.shape(values)
+    shape, arithmetic = cipher.shape(values), door.arithmetic(cipher.ring)
     first, count = cipher._polynomials(shape, batch)
-    arithmetic = door.arithmetic(cipher.ring)
-    data: bytes = body(batch.first_byte, batch.body_bytes)
-    if body_masks:
-        total = arithmetic.sum(shape, first, count)
-        total.add(data)
-        total.add_masks(body_masks)
-        data = total.body()
-    slot_bits = cipher.fixed_point.slot_bits
-    integers, good = arithmetic.open(public, transformed, bound, slot_bits, data, shape, first)
-    return integers, [first + int(bad) for bad in np.flatnonzero(~good)]
+    data = memoryview(body(batch.first_byte, batch.body_bytes))
+    integers, bad = np.empty(batch.values, np.int64), list[int]()
+    for polynomial in range(first, first + count):
+        span = shape.span(polynomial, 1)
+        start = span.start - batch.first_byte
+        part: door.Buffer = data[start : start + span.length]
+        if body_masks:
+            total = arithmetic.sum(shape, polynomial, 1)
+            total.add(part)
+            total.add_masks(body_masks)
+            part = total.body()
+        found, good = arithmetic.open(public, transformed, bound, part, shape, polynomial)
+        place = span.first_value - batch.first
+        integers[place : place + span.values] = found
+        if not good:
+            bad.append(polynomial)
+    return integers, bad
 
 
 def _body_masks(mask_keys: Sequence[masks.Key]) -> BodyMasks:
     """The masks of the body that belong to those of the blocks."""
-    return tuple((sign, masks.body_key(key)) for sign, key in mask_keys)
+    return tuple(door.Mask(sign, masks.body_key(key)) for sign, key in mask_keys)
 
 
 class _LatticeEncoder(Encoder):
@@ -243,8 +248,8 @@ class _LatticeEncoder(Encoder):
         arithmetic = door.arithmetic(cipher.ring)
         self._cipher, self._shape = cipher, cipher.shape(values)
         self._masks, self._error = body_masks, keys.error
-        self._public = arithmetic.public_key(job)
-        self._secret = arithmetic.sample(keys.secret, None)
+        self._public = door.public_key(job)
+        self._secret = arithmetic.sample(keys.secret)
         self._transformed = arithmetic.transform(self._secret)
         self._encoding = _encoding(cipher.fixed_point, steps)
 
@@ -254,7 +259,7 @@ class _LatticeEncoder(Encoder):
         return packed.reshape(groups, COMPONENTS, -1)
 
     def encode(self, values: Values, batch: Batch) -> Encoded:
-        first = batch.first // self._shape.polynomial_values
+        first = batch.first // self._shape.capacity
         try:
             body, clamped = door.arithmetic(self._cipher.ring).pad(
                 self._public,
@@ -269,18 +274,13 @@ class _LatticeEncoder(Encoder):
         except door.NonFinite as error:
             raise NonFiniteError(error.index) from None
         blocks = np.zeros((0, COMPONENTS, self._cipher.packing.block_width), np.uint8)
-        return Encoded(blocks, body, clamped)
+        return Encoded(blocks, body.tobytes(), clamped)
 
     def wipe(self) -> None:
         self._secret[...] = 0
         self._transformed[...] = 0
 
 
-def _encoding(fixed_point: FixedPoint, steps: Steps) -> "door.Encoding":
+def _encoding(fixed_point: FixedPoint, steps: Steps) -> door.Encoding:
     seed = steps.rounding.seed if isinstance(steps.rounding, Stochastic) else None
-    return door.Encoding(
-        fixed_point.slot_bits, steps.scale, fixed_point.one, fixed_point.max_step, seed
-    )
-
-
-__all__ = ["LatticeCipher", "PublicKey"]
+    return door.Encoding(steps.scale, fixed_point.one, fixed_point.max_step, seed)

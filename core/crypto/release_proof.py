@@ -16,7 +16,7 @@ small-exponent batching of Bellare-Garay-Rabin (Eurocrypt '98).
 
 import hashlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -34,19 +34,26 @@ _WEIGHT_BYTES = 16
 _HIDING_BITS = 256  # w is so much longer than ell
 
 
+class Products(NamedTuple):
+    """prod c_{0,i}^rho_i modulo N, and D_1..D_7 = prod (c_{j,i} / c'_{j,i})^rho_i, over groups."""
+
+    base: int
+    quotients: tuple[int, ...]
+
+
 class _Statement(NamedTuple):
-    """What is proven: hashes bind it, [width] and [7, width] are its group elements."""
+    """What is proven: hashes bind it; Gamma is [width], D_1..D_7 are [7, width]."""
 
     core: bytes
     of: bytes
-    opened: bytes
+    opened_hash: bytes
     gamma: Bytes
     quotients: Bytes
 
     def items(self) -> tuple[bytes, ...]:
         """The items that stand for it in a hash, in order."""
         gamma, quotients = self.gamma.tobytes(), self.quotients.tobytes()
-        return self.core, self.of, self.opened, gamma, quotients
+        return self.core, self.of, self.opened_hash, gamma, quotients
 
 
 def half_opened_bytes(key: PublicKey, groups: int) -> int:
@@ -63,40 +70,78 @@ def proof_length(key: PublicKey) -> int:
     return COMPONENTS * (2 * key.arithmetic.width + _response_width(key))
 
 
+def weights(core: bytes, of: bytes, opened_hash: bytes, groups: int) -> Bytes:
+    """rho_1..rho_T, uint8 [T, 16]. `opened_hash` is the SHA-512 of the bytes of c'."""
+    item = fields("dtl/v2/release-rho", core, of, opened_hash)
+    stream = hashlib.shake_256(item).digest(groups * _WEIGHT_BYTES)
+    return np.frombuffer(stream, np.uint8).reshape(groups, _WEIGHT_BYTES)
+
+
+def base_product(key: PublicKey, residues: Bytes, rho: Bytes) -> int:
+    """prod c_{0,i}^rho_i modulo N of some groups [G, 8, width]: what Gamma is the lift of."""
+    product = key.arithmetic.weighted_products(residues[:, :1], rho)
+    return to_integers(product)[0] % key.n
+
+
+def products(key: PublicKey, residues: Bytes, opened: Bytes, rho: Bytes) -> Products:
+    """The products of some groups: c [G, 8, width], c' [G, 7, width], rho [G, 16].
+
+    Raises FormatError unless all of c and c' are valid (protocol, section 4): with a c_0 of
+    zero in one group, everything would pass.
+    """
+    arithmetic = key.arithmetic
+    scheme.check(key, residues)
+    arithmetic.check(opened)
+    groups = residues.copy()
+    groups[:, 1:] = arithmetic.product([residues[:, 1:], arithmetic.inverse(opened)])
+    base, *quotients = to_integers(arithmetic.weighted_products(groups, rho))
+    return Products(base % key.n, tuple(quotients))
+
+
+def joined(key: PublicKey, parts: Iterable[Products]) -> Products:
+    """The products of all groups, from those of parts."""
+    base, quotients = 1, [1] * COMPONENTS
+    for part in parts:
+        base = base * part.base % key.n
+        quotients = [a * b % key.n**2 for a, b in zip(quotients, part.quotients, strict=True)]
+    return Products(base, tuple(quotients))
+
+
 def prove(
     key: PublicKey,
     half: Sequence[int],
     seed: bytes,
     core: bytes,
     of: bytes,
-    residues: Bytes,
-    opened: Bytes,
+    opened_hash: bytes,
+    base: int,
 ) -> bytes:
-    """The proof for c = `residues` [T, 8, width] and c' = `opened` [T, 7, width].
+    """The proof for a result whose groups have `base` = prod c_{0,i}^rho_i.
 
     `half` is the server's, `seed` the one that it was expanded from; `core` and `of` are
-    digests: of what the release says, and of the result.
+    digests: of what the release says, and of the result. As every c'_j is c_j G^(-a_j), the
+    quotients are D_j = Gamma^(a_j).
     """
     arithmetic = key.arithmetic
-    statement = _state(key, core, of, residues, opened)
+    gamma = arithmetic.lift(_row(key, base)[None])[0]
+    quotients = arithmetic.shared_base_powers(gamma[None], half)[0]
+    statement = _Statement(core, of, opened_hash, gamma, quotients)
     w = _witness(key, seed, statement)
-    bases = np.stack([_row(key, key.g), statement.gamma])
-    t, t_prime = arithmetic.shared_base_powers(bases, w)
+    t, t_prime = arithmetic.shared_base_powers(np.stack([_row(key, key.g), gamma]), w)
     e = _challenge(statement, t, t_prime)
     z = [w_j + e * a_j for w_j, a_j in zip(w, half, strict=True)]
     responses = from_integers(z, _response_width(key))
-    return b"".join(part.tobytes() for part in (t, t_prime, responses))
+    return t.tobytes() + t_prime.tobytes() + responses.tobytes()
 
 
 def verify(
-    key: PublicKey, core: bytes, of: bytes, residues: Bytes, opened: Bytes, proof: bytes
+    key: PublicKey, core: bytes, of: bytes, opened_hash: bytes, found: Products, proof: bytes
 ) -> None:
-    """Raise VerificationError unless `opened` is what the server's half makes of `residues`.
+    """Raise VerificationError unless c' is what the server's half makes of c.
 
-    Checks that c, c', t and t' are valid first (protocol, section 4): with a c_0 of zero in one
-    group, everything would pass.
+    `found` are the products of all groups, which also checks that they are valid.
     """
-    if not _holds(key, core, of, residues, opened, proof):
+    if not _holds(key, core, of, opened_hash, found, proof):
         raise VerificationError(
             "the proof of the release does not hold",
             "what the server sealed is not the signed result without its half",
@@ -104,30 +149,29 @@ def verify(
 
 
 def _holds(
-    key: PublicKey, core: bytes, of: bytes, residues: Bytes, opened: Bytes, proof: bytes
+    key: PublicKey, core: bytes, of: bytes, opened_hash: bytes, found: Products, proof: bytes
 ) -> bool:
     arithmetic = key.arithmetic
-    shape = (len(residues), COMPONENTS, arithmetic.width)
-    if len(proof) != proof_length(key) or opened.shape != shape:
+    if len(proof) != proof_length(key):
         return False
     split = 2 * COMPONENTS * arithmetic.width
     commitments = np.frombuffer(proof[:split], np.uint8).reshape(2, COMPONENTS, -1)
     responses = np.frombuffer(proof[split:], np.uint8).reshape(COMPONENTS, -1)
     try:
-        scheme.check(key, residues)
-        arithmetic.check(opened)
         arithmetic.check(commitments)
     except FormatError:
         return False
     z = to_integers(responses)
     if any(number >> (key.exponent_bits + _HIDING_BITS + 1) for number in z):
         return False
-    statement = _state(key, core, of, residues, opened)
+    gamma = arithmetic.lift(_row(key, found.base)[None])[0]
+    quotients = from_integers(found.quotients, arithmetic.width)
+    statement = _Statement(core, of, opened_hash, gamma, quotients)
     e = _challenge(statement, *commitments)
-    bases = np.stack([_row(key, key.g), statement.gamma])
+    bases = np.stack([_row(key, key.g), gamma])
     left = arithmetic.shared_base_powers(bases, z, public=True)
     servers = from_integers(key.server, arithmetic.width)
-    images = np.concatenate([servers, statement.quotients])
+    images = np.concatenate([servers, quotients])
     powers = arithmetic.powers(images, e, public=True).reshape(commitments.shape)
     right = arithmetic.product([commitments, powers])
     sides = zip(to_integers(left), to_integers(right), strict=True)
@@ -136,20 +180,6 @@ def _holds(
 
 def _row(key: PublicKey, number: int) -> Bytes:
     return from_integers([number], key.arithmetic.width).reshape(-1)
-
-
-def _state(key: PublicKey, core: bytes, of: bytes, residues: Bytes, opened: Bytes) -> _Statement:
-    """Gamma and D_1..D_7, and the hashes of what they come from."""
-    arithmetic = key.arithmetic
-    digest = hashlib.sha512(opened.tobytes()).digest()
-    groups = residues.copy()
-    groups[:, 1:] = arithmetic.product([residues[:, 1:], arithmetic.inverse(opened)])
-    count = len(groups) * _WEIGHT_BYTES
-    stream = hashlib.shake_256(fields("dtl/v2/release-rho", core, of, digest)).digest(count)
-    rho = np.frombuffer(stream, np.uint8).reshape(-1, _WEIGHT_BYTES)
-    products = arithmetic.weighted_products(groups, rho)
-    gamma = arithmetic.lift(products[:1])[0]
-    return _Statement(core, of, digest, gamma, products[1:])
 
 
 def _witness(key: PublicKey, seed: bytes, statement: _Statement) -> list[int]:

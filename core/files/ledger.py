@@ -33,8 +33,10 @@ from dtl.core.files.schema import (
     Identifier,
     Items,
     Name,
+    OlderFormatError,
     Round,
     Timestamp,
+    refuse_older,
 )
 
 _LINK = "link"
@@ -186,7 +188,8 @@ def is_ledger(data: bytes) -> bool:
 def read_entries(data: bytes, what: str) -> list[Document]:
     """The entries of a ledger's whole lines, its head first.
 
-    Raises VerificationError for a damaged line or a broken chain.
+    Raises VerificationError for a damaged line or a broken chain, FormatError for a ledger of an
+    older version.
     """
     return _read_lines(io.BytesIO(data), what)[0]
 
@@ -206,9 +209,13 @@ def _read_lines(file: IO[bytes], what: str) -> tuple[list[Document], str, int]:
             break
         try:
             plain = canonical_json.loads(line, place)
+            if number == 1:
+                refuse_older(plain, what)
             link = plain.pop(_LINK)
             kind = LedgerHead if number == 1 else _ENTRIES[plain["event"]]
             entries.append(kind.check(plain, place))
+        except OlderFormatError:
+            raise
         except (FormatError, AttributeError, KeyError, TypeError):
             raise VerificationError(f"{place}: damaged") from None
         if link != _link(plain, previous):

@@ -19,6 +19,9 @@ from dtl.core.errors import FormatError
 from dtl.core.files import canonical_json
 
 FORMAT: Final = "dtl/v2"
+OLDER: Final = "dtl/v1"
+OLDER_MARK: Final = f'"format":"{OLDER}"'
+"""How the format of an older version stands in canonical JSON, and nowhere else."""
 NAME_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"
 _HEX = re.compile(r"[1-9a-f][0-9a-f]*")
 MAX_HEX_DIGITS = 16384 // 4 * 2
@@ -60,6 +63,24 @@ Timestamp = Annotated[
 ]
 
 
+class OlderFormatError(FormatError):
+    """A file that an older version wrote, which is not damaged for that."""
+
+
+def older_format(what: str) -> OlderFormatError:
+    """The error for a file of an older version."""
+    return OlderFormatError(
+        f"{what}: written by an older version of dtl ({OLDER}), expected {FORMAT}",
+        "a job lives with the version that made it; make a new one with dtl keygen",
+    )
+
+
+def refuse_older(value: canonical_json.Json, what: str) -> None:
+    """Raise OlderFormatError for a document whose `format` is that of an older version."""
+    if isinstance(value, dict) and value.get("format") == OLDER:
+        raise older_format(what)
+
+
 class Document(BaseModel):
     """A JSON object with exactly these fields, of exactly these types."""
 
@@ -73,6 +94,7 @@ class Document(BaseModel):
     @classmethod
     def check(cls, value: canonical_json.Json, what: str) -> Self:
         """Validate parsed JSON; FormatError as `decode`."""
+        refuse_older(value, what)
         try:
             # JSON mode, so that arrays become tuples while all else stays strict.
             text = canonical_json.dumps(value)

@@ -61,12 +61,13 @@ def start_from_weights(job: Job, path: Path) -> Start:
     """Start from public initial weights; NumericError for NaN or lack of headroom."""
     source = tensors.open_tensors(path)
     try:
-        for reals in tensors.values(source):
-            job.fixed_point.encode_weights(reals)
         digest = tensors.checked_initial_digest(source)
-        return Start(digest, digest, source.layout, 0, {}, weights=path)
+        start = Start(digest, digest, source.layout, 0, {}, weights=path)
     finally:
         source.close()
+    for _ in _initial_integers(job, start, tensors.READ_VALUES):
+        pass
+    return start
 
 
 @dataclass(frozen=True)
@@ -369,9 +370,12 @@ def _initial_integers(job: Job, start: Start, size: int) -> Iterator[Integers]:
     if start.weights is None:
         return
     source = tensors.open_tensors(start.weights)
+    content = tensors.ContentDigest(source.layout)
     try:
-        for reals in tensors.in_batches(tensors.values_of(source, start.base), size):
+        for reals in tensors.in_batches(tensors.values(source, content), size):
             yield job.fixed_point.encode_weights(reals)
+        if source.layout != start.layout or content.initial() != start.base:
+            raise FormatError(f"{start.weights}: the file changed while it was read")
     finally:
         source.close()
 

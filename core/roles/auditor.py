@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dtl.core.ciphers.cipher import Decoding, Opened, spans
-from dtl.core.crypto import masks, primitives, scheme
+from dtl.core.crypto import masks, scheme
 from dtl.core.crypto.group import PublicKey, StrongTrapdoor
 from dtl.core.crypto.residues import Bytes
 from dtl.core.errors import DtlError, FormatError, UsageError
@@ -309,7 +309,7 @@ class _Auditor:
             self._secrets.mask_root, bytes.fromhex(self._job.id), header.signer
         )
         base, opened = header.base, self._vectors[header.base]
-        tag = primitives.opened_tag(
+        tag = masks.opened_tag(
             seed, header.round, bytes.fromhex(base), bytes.fromhex(opened)
         )
         verdict.facts["base_opened_to"] = "what was released"

@@ -8,7 +8,7 @@ gave. Source: PROTOCOL.md, sections 7 and 8.1.
 import logging
 from dataclasses import dataclass
 
-from dtl.core.crypto import masks, primitives
+from dtl.core.crypto import masks
 from dtl.core.errors import NotAllowedError, UsageError, VerificationError
 from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import Ledger, OpenEntry, StepEntry, UploadEntry
@@ -145,7 +145,7 @@ def opened_tag(key: Key, basis: Basis) -> str | None:
         return None
     seed = key.participant_secrets.audit_seed
     base, opened = bytes.fromhex(basis.base), bytes.fromhex(basis.opened)
-    return primitives.opened_tag(seed, basis.round, base, opened).hex()
+    return masks.opened_tag(seed, basis.round, base, opened).hex()
 
 
 def raw(digest: str | None) -> bytes | None:

@@ -21,7 +21,7 @@ from dtl.core.crypto.group import COMPONENTS
 from dtl.core.crypto.one_time import OneTimeKeys
 from dtl.core.crypto.residues import Bytes
 from dtl.core.encoding.fixed_point import Rounding
-from dtl.core.errors import DtlError, FormatError, NotAllowedError, NumericError, UsageError
+from dtl.core.errors import DtlError, FormatError, NotAllowedError, UsageError
 from dtl.core.files import tensors
 from dtl.core.files.atomic import AtomicOutput, check_output, finish, pending_files
 from dtl.core.files.container import BODY, PROOF, RESIDUES, Container, ContainerWriter
@@ -384,10 +384,7 @@ class _Encryption:
         try:
             yield from made
         except _NotFiniteError as error:
-            name, index = tensors.describe_place(self._plan.source.layout, error.place)
-            raise NumericError(
-                f"{self._plan.source.path}: tensor {name!r} at {index}: not finite"
-            ) from None
+            raise tensors.not_finite(self._plan.source, error.place) from None
 
 
 class _NotFiniteError(Exception):

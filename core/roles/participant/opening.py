@@ -298,4 +298,4 @@ def _opened(key: Key, part: Sealed, work: Work) -> Iterator[Opened]:
 def _open_chunk(key: PublicKey, half: tuple[int, ...], residues: Bytes, opened: Bytes) -> Opened:
     """Blocks of groups whose components c'_j are given instead of c_j."""
     ready = np.concatenate([residues[:, :1], opened], axis=1)
-    return scheme.try_open_blocks(key, scheme.apply_half(key, ready, half))
+    return scheme.open_each(key, scheme.apply_half(key, ready, half))
