@@ -190,8 +190,7 @@ class LatticeCipher(Cipher):
         public = door.public_key(job)
         batches = self.batches(values)
         tasks = (
-            (self, public, transformed, bound, values, batch, body, body_masks)
-            for batch in batches
+            (self, public, transformed, bound, values, batch, body, body_masks) for batch in batches
         )
         for integers, bad in run(_open_batch, tasks, len(batches)):
             decoding.bad_polynomials += bad

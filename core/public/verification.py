@@ -21,6 +21,7 @@ from dtl.core.public.releases import Release
 from dtl.core.public.results import Result, Start
 from dtl.core.public.uploads import Upload
 
+
 @dataclass(frozen=True)
 class Evidence:
     """The public files that a verification may use."""

@@ -305,13 +305,9 @@ class _Auditor:
         """Whether the participant's base opened, for it, to what was really released."""
         if header.base is None or header.base not in self._vectors:
             return
-        seed = masks.audit_seed(
-            self._secrets.mask_root, bytes.fromhex(self._job.id), header.signer
-        )
+        seed = masks.audit_seed(self._secrets.mask_root, bytes.fromhex(self._job.id), header.signer)
         base, opened = header.base, self._vectors[header.base]
-        tag = masks.opened_tag(
-            seed, header.round, bytes.fromhex(base), bytes.fromhex(opened)
-        )
+        tag = masks.opened_tag(seed, header.round, bytes.fromhex(base), bytes.fromhex(opened))
         verdict.facts["base_opened_to"] = "what was released"
         if tag.hex() != header.opened_tag:
             verdict.facts["base_opened_to"] = "something else"

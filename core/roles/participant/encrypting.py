@@ -501,5 +501,3 @@ def _remove_unrecorded(key: Key, ledger: Ledger, output: Path) -> None:
             continue
         if header.signer == key.name and digest not in recorded:
             path.unlink()
-
-

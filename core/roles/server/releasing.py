@@ -32,6 +32,7 @@ from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import releases, results, uploads
 from dtl.core.public.results import Result
 
+
 @dataclass(frozen=True)
 class Policy:
     """To whom a result is released; without any of it, to all who ever contributed."""
