@@ -1,5 +1,6 @@
 """Plain tensors: values in batches, digests of what was read and written, narrow dtypes."""
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,16 @@ def test_bfloat16_rounds_to_nearest_even() -> None:
     reals = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-7])
     found = np.frombuffer(from_reals(reals, "BF16"), "<u2").tolist()
     assert found == [0x3F80, 0x3F80, 0x3F82, 0xBF81]
+
+
+def test_a_signalling_nan_is_read_without_a_warning(tmp_path: Path) -> None:
+    signalling = np.array([0x7F800001], "<u4").view("<f4")
+    path = tmp_path / "t.npz"
+    np.savez(path, x=signalling, y=np.zeros(1))
+    tensors = open_tensors(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (batch,) = batches(tensors, 2)
+        with pytest.raises(NumericError, match=r"'x' at \[0\]: not finite"):
+            list(values(tensors))
+    assert np.isnan(batch[0])

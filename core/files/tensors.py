@@ -164,7 +164,8 @@ def batches(
         read = _widen(piece, spec.dtype)
         while read.size:
             part = read[: batch.size - filled]
-            batch[filled : filled + part.size] = part
+            with np.errstate(invalid="ignore"):  # numpy warns of a signalling NaN
+                batch[filled : filled + part.size] = part
             filled += part.size
             read = read[part.size :]
             if filled == batch.size:
@@ -340,7 +341,8 @@ def _widen(data: bytes, dtype: str) -> Values:
 
 def to_reals(data: bytes, dtype: str) -> Reals:
     """Little-endian bytes as float64; exact."""
-    return _widen(data, dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # numpy warns of a signalling NaN
+        return _widen(data, dtype).astype(np.float64)
 
 
 def from_reals(reals: Reals, dtype: str) -> bytes:
