@@ -124,18 +124,13 @@ class ContentDigest:
 
 def raw_pieces(
     tensors: TensorFile, content: ContentDigest | None = None
-) -> Iterator[tuple[TensorSpec, int, bytes]]:
-    """All tensors' bytes in packing order: (tensor, index of the first value in it, bytes).
-
-    `content` digests them on the way.
-    """
+) -> Iterator[tuple[TensorSpec, bytes]]:
+    """All tensors' bytes in packing order, in whole values; `content` digests them on the way."""
     for spec in tensors.layout:
-        start, width = 0, item_bytes(spec.dtype)
         for piece in tensors.pieces(spec):
             if content is not None:
                 content.update(piece)
-            yield spec, start, piece
-            start += len(piece) // width
+            yield spec, piece
 
 
 def values(tensors: TensorFile, content: ContentDigest | None = None) -> Iterator[Reals]:
@@ -143,11 +138,13 @@ def values(tensors: TensorFile, content: ContentDigest | None = None) -> Iterato
 
     Raises NumericError that names the tensor and the index of a NaN or an infinity.
     """
-    for spec, start, piece in raw_pieces(tensors, content):
+    start = 0
+    for spec, piece in raw_pieces(tensors, content):
         reals = to_reals(piece, spec.dtype)
         finite = np.isfinite(reals)
         if not finite.all():
-            raise _not_finite(tensors, spec, start + int(np.argmin(finite)))
+            raise not_finite(tensors, start + int(np.argmin(finite)))
+        start += reals.size
         yield reals
 
 
@@ -163,11 +160,12 @@ def batches(
     dtype = np.dtype(np.float32 if narrow else np.float64)
     left = sum(spec.values for spec in tensors.layout)
     batch, filled = np.empty(min(size, left), dtype), 0
-    for spec, _, piece in raw_pieces(tensors, content):
+    for spec, piece in raw_pieces(tensors, content):
         read = _widen(piece, spec.dtype)
         while read.size:
             part = read[: batch.size - filled]
-            batch[filled : filled + part.size] = part
+            with np.errstate(invalid="ignore"):  # numpy warns of a signalling NaN
+                batch[filled : filled + part.size] = part
             filled += part.size
             read = read[part.size :]
             if filled == batch.size:
@@ -178,13 +176,14 @@ def batches(
 
 def not_finite(tensors: TensorFile, index: int) -> NumericError:
     """The error for a NaN or an infinity that stands at `index` of the whole vector."""
-    spec, start, _ = next(Places(tensors.layout).runs(index, 1))
-    return _not_finite(tensors, spec, start)
+    name, place = describe_place(tensors.layout, index)
+    return NumericError(f"{tensors.path}: tensor {name!r} at {place}: not finite")
 
 
-def _not_finite(tensors: TensorFile, spec: TensorSpec, place: int) -> NumericError:
-    index = list(map(int, np.unravel_index(place, spec.shape)))
-    return NumericError(f"{tensors.path}: tensor {spec.name!r} at {index}: not finite")
+def describe_place(layout: Layout, index: int) -> tuple[str, list[int]]:
+    """(tensor, index in it) of the value at `index` of the whole vector."""
+    spec, start, _ = next(Places(layout).runs(index, 1))
+    return spec.name, list(map(int, np.unravel_index(start, spec.shape)))
 
 
 class Places:
@@ -342,7 +341,8 @@ def _widen(data: bytes, dtype: str) -> Values:
 
 def to_reals(data: bytes, dtype: str) -> Reals:
     """Little-endian bytes as float64; exact."""
-    return _widen(data, dtype).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # numpy warns of a signalling NaN
+        return _widen(data, dtype).astype(np.float64)
 
 
 def from_reals(reals: Reals, dtype: str) -> bytes:
