@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from dtl.core.crypto.primitives import hash_fields
 from dtl.core.errors import FormatError
-from dtl.core.lattice.parameters import Ring, Shape
+from dtl.core.lattice.parameters import WORD_BITS, Ring, Shape
 
 Body = NDArray[np.uint8]
 Integers = NDArray[np.int64]
@@ -96,6 +96,15 @@ def check_integers(integers: Integers, slot_bits: int) -> Integers:
     bound = 1 << (slot_bits - 1)
     if found.size and (found.min() < -bound or found.max() >= bound):
         raise ValueError(f"an integer does not fit into {slot_bits} bits")
+    return found
+
+
+def check_small(small: Integers, ring: Ring) -> Integers:
+    """n coefficients below 2^49 in size, contiguous; ValueError else."""
+    found = vector(small, np.int64)
+    bound = 1 << (WORD_BITS - 1)
+    if found.shape != (ring.n,) or found.min() <= -bound or found.max() >= bound:
+        raise ValueError(f"expected {ring.n} coefficients below 2^49")
     return found
 
 

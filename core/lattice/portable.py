@@ -34,6 +34,7 @@ from dtl.core.lattice.arithmetic import (
     body_of,
     check_integers,
     check_secret,
+    check_small,
     out_of_range,
     polynomials_of,
     vector,
@@ -407,9 +408,7 @@ class Arithmetic(arithmetic.LatticeArithmetic):
 
     def transform(self, small: Integers) -> Words:
         """One transform a prime."""
-        found = vector(small, np.int64)
-        if found.shape != (self.ring.n,) or (np.abs(found) >= 1 << (WORD_BITS - 1)).any():
-            raise ValueError(f"expected {self.ring.n} coefficients below 2^49")
+        found = check_small(small, self.ring)
         return np.array([p.canonical(p.forward(found)) for p in self._primes]).astype(np.uint64)
 
     def pad(

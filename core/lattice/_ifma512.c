@@ -1,0 +1,6 @@
+#include "_lattice.h"
+
+const Steps *lattice_ifma(void)
+{
+    return NULL;
+}
