@@ -16,12 +16,16 @@
 #pragma GCC target("avx2,fma")
 #endif
 
+#define CHACHA_LANES 8
 #define REAL_LANES 4
 typedef double reals __attribute__((vector_size(32)));
 #define FMA(a, b, c) ((reals)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #define FNMA(a, b, c) ((reals)_mm256_fnmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #define ROUND(a)                                                                                   \
     ((reals)_mm256_round_pd((__m256d)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
+#define FLOOR(a) ((reals)_mm256_floor_pd((__m256d)(a)))
+#define LEAST(a, b) ((reals)_mm256_min_pd((__m256d)(a), (__m256d)(b)))
+#define MOST(a, b) ((reals)_mm256_max_pd((__m256d)(a), (__m256d)(b)))
 
 #define NAME(x) avx2_##x
 #include "_steps.h"

@@ -8,10 +8,14 @@ typedef double reals __attribute__((vector_size(16)));
 #define FMA(a, b, c) ((reals)vfmaq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
 #define FNMA(a, b, c) ((reals)vfmsq_f64((float64x2_t)(c), (float64x2_t)(a), (float64x2_t)(b)))
 #define ROUND(a) ((reals)vrndnq_f64((float64x2_t)(a)))
+#define FLOOR(a) ((reals)vrndmq_f64((float64x2_t)(a)))
+#define LEAST(a, b) ((reals)vminq_f64((float64x2_t)(a), (float64x2_t)(b)))
+#define MOST(a, b) ((reals)vmaxq_f64((float64x2_t)(a), (float64x2_t)(b)))
 #else
 #define REAL_LANES 0
 #endif
 
+#define CHACHA_LANES 4
 #define NAME(x) generic_##x
 #include "_steps.h"
 

@@ -1,8 +1,10 @@
 /* The steps of _lattice.h for one kind of processor. The file that includes this defines
  *   NAME(x)            the name of a function of this variant
+ *   CHACHA_LANES       8, or 4 where registers are few or short
  *   REAL_LANES         4 or 2 where there are vectors of float64 with a fused multiply-add;
  *                      then also reals (such a vector), FMA(a, b, c) = a b + c,
- *                      FNMA(a, b, c) = c - a b, ROUND(a) to an integer; else 0
+ *                      FNMA(a, b, c) = c - a b, ROUND(a) to an integer, FLOOR(a), LEAST(a, b)
+ *                      and MOST(a, b); else 0
  * Loops are plain: the compiler makes vectors of them.
  */
 
@@ -11,21 +13,37 @@
 
 #include "_lattice.h"
 
-/* --- ChaCha20, eight blocks side by side ----------------------------------------------------*/
+/* --- ChaCha20, eight blocks side by side, or four where vectors are short -------------------*/
 
-typedef uint32_t NAME(lanes) __attribute__((vector_size(32), aligned(4), may_alias));
+#if CHACHA_LANES == 8
 typedef uint8_t NAME(bytes) __attribute__((vector_size(32)));
-typedef uint32_t NAME(eight) __attribute__((vector_size(32)));
-#define EIGHT NAME(eight)
-#define BYTES NAME(bytes)
+typedef uint32_t NAME(lanes) __attribute__((vector_size(32)));
+typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(32), aligned(4), may_alias));
+#define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
+#define LOW32(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH32(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW64(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH64(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define LOW128(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define HIGH128(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#else
+typedef uint32_t NAME(lanes) __attribute__((vector_size(16)));
+typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(16), aligned(4), may_alias));
+#define NUMBERS {0, 1, 2, 3}
+#define LOW32(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
+#define HIGH32(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
+#define LOW64(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
+#define HIGH64(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
+#endif
 
 #define ROTATE(x, r) ((x) << (r) | (x) >> (32 - (r)))
+#if CHACHA_LANES == 8 && defined(__x86_64__) /* one shuffle of bytes */
+#define BYTES(x) ((NAME(bytes))(x))
 #define EACH4(f) f(0), f(4), f(8), f(12), f(16), f(20), f(24), f(28)
 #define BY16(i) i + 2, i + 3, i, i + 1
 #define BY8(i) i + 3, i, i + 1, i + 2
-#if defined(__x86_64__) && REAL_LANES
-#define ROTATE16(x) ((EIGHT)__builtin_shufflevector((BYTES)(x), (BYTES)(x), EACH4(BY16)))
-#define ROTATE8(x) ((EIGHT)__builtin_shufflevector((BYTES)(x), (BYTES)(x), EACH4(BY8)))
+#define ROTATE16(x) ((NAME(lanes))__builtin_shufflevector(BYTES(x), BYTES(x), EACH4(BY16)))
+#define ROTATE8(x) ((NAME(lanes))__builtin_shufflevector(BYTES(x), BYTES(x), EACH4(BY8)))
 #else
 #define ROTATE16(x) ROTATE(x, 16)
 #define ROTATE8(x) ROTATE(x, 8)
@@ -39,30 +57,27 @@ typedef uint32_t NAME(eight) __attribute__((vector_size(32)));
         c += d, b ^= c, b = ROTATE(b, 7);                                                          \
     } while (0)
 
-/* Word w of eight blocks in x[w], for eight w from `from` on, to where they belong. */
-#define LOW32(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define HIGH32(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#define LOW64(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
-#define HIGH64(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#define LOW128(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
-#define HIGH128(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
-
-static inline __attribute__((always_inline)) void NAME(turn)(const EIGHT *x, uint32_t *out)
+/* Word w of every block in x[w], for as many words as there are lanes, to where they belong. */
+static inline __attribute__((always_inline)) void NAME(turn)(const NAME(lanes) * x, uint32_t *out)
 {
-    EIGHT t[8], u[8];
-    for (int i = 0; i < 8; i += 2) {
+    NAME(lanes) t[CHACHA_LANES], u[CHACHA_LANES];
+    for (int i = 0; i < CHACHA_LANES; i += 2) {
         t[i] = LOW32(x[i], x[i + 1]);
         t[i + 1] = HIGH32(x[i], x[i + 1]);
     }
-    for (int i = 0; i < 8; i += 4) {
+    for (int i = 0; i < CHACHA_LANES; i += 4) {
         u[i] = LOW64(t[i], t[i + 2]);
         u[i + 1] = HIGH64(t[i], t[i + 2]);
         u[i + 2] = LOW64(t[i + 1], t[i + 3]);
         u[i + 3] = HIGH64(t[i + 1], t[i + 3]);
     }
     for (int i = 0; i < 4; i++) {
-        *(NAME(lanes) *)(out + 16 * i) = LOW128(u[i], u[i + 4]);
-        *(NAME(lanes) *)(out + 16 * (i + 4)) = HIGH128(u[i], u[i + 4]);
+#if CHACHA_LANES == 8
+        *(NAME(loose_lanes) *)(out + 16 * i) = LOW128(u[i], u[i + 4]);
+        *(NAME(loose_lanes) *)(out + 16 * (i + 4)) = HIGH128(u[i], u[i + 4]);
+#else
+        *(NAME(loose_lanes) *)(out + 16 * i) = u[i];
+#endif
     }
 }
 
@@ -70,10 +85,10 @@ static void NAME(keystream)(const uint32_t key[KEY_WORDS], const uint32_t nonce[
                             uint32_t counter, size_t blocks, uint32_t *out)
 {
     static const uint32_t constants[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
-    const EIGHT zero = {0}, numbers = {0, 1, 2, 3, 4, 5, 6, 7};
-    for (size_t done = 0; done < blocks; done += STREAM_BLOCKS, out += 16 * STREAM_BLOCKS) {
-        EIGHT x[16];
-        const EIGHT place = numbers + (counter + (uint32_t)done);
+    const NAME(lanes) zero = {0}, numbers = NUMBERS;
+    for (size_t done = 0; done < blocks; done += CHACHA_LANES, out += 16 * CHACHA_LANES) {
+        NAME(lanes) x[16];
+        const NAME(lanes) place = numbers + (counter + (uint32_t)done);
         for (int i = 0; i < 4; i++)
             x[i] = zero + constants[i];
         for (int i = 0; i < KEY_WORDS; i++)
@@ -98,8 +113,8 @@ static void NAME(keystream)(const uint32_t key[KEY_WORDS], const uint32_t nonce[
         x[12] += place;
         for (int i = 0; i < 3; i++)
             x[13 + i] += nonce[i];
-        NAME(turn)(x, out);
-        NAME(turn)(x + 8, out + 8);
+        for (int i = 0; i < 16; i += CHACHA_LANES)
+            NAME(turn)(x + i, out + i);
     }
 }
 
@@ -122,6 +137,27 @@ static void NAME(popcounts)(const uint64_t *bits, size_t count, uint64_t *out)
     }
 }
 
+/* --- vectors of float64 ---------------------------------------------------------------------*/
+
+#if REAL_LANES
+
+typedef uint64_t NAME(words) __attribute__((vector_size(8 * REAL_LANES)));
+typedef uint64_t NAME(loose) __attribute__((vector_size(8 * REAL_LANES), aligned(8), may_alias));
+typedef double NAME(loose_reals)
+    __attribute__((vector_size(8 * REAL_LANES), aligned(8), may_alias));
+
+#define LOAD(from) ((reals)*(const NAME(loose_reals) *)(from))
+#define STORE(to, x) (*(NAME(loose_reals) *)(to) = (x))
+#define LOAD_WORDS(from) ((NAME(words))*(const NAME(loose) *)(from))
+#define STORE_WORDS(to, x) (*(NAME(loose) *)(to) = (x))
+#define TWO_52 4503599627370496.0
+#define TWO_52_BITS 0x4330000000000000ULL
+/* Integers below 2^52, both ways. */
+#define REALS(x) ((reals)((x) | TWO_52_BITS) - TWO_52)
+#define INTEGERS(x) ((NAME(words))((x) + TWO_52) ^ TWO_52_BITS)
+
+#endif
+
 /* --- values ---------------------------------------------------------------------------------*/
 
 /* Adding 1.5 2^52 leaves an integer below 2^51 in size in the low bits. */
@@ -132,16 +168,17 @@ static inline __attribute__((always_inline)) bool
 NAME(quantize_one)(double value, bool nearest, uint32_t noise, double scale, double one,
                    double limit, uint64_t bias, uint64_t *out, size_t *clamped)
 {
-    const double far = 1152921504606846976.0; /* 2^60 */
+    /* Beyond 2^51, which is beyond every limit, and up to where MAGIC rounds to nearest, ties to
+     * even. */
+    const double far = 2251799813685248.0;
     double x = value * scale;
     x *= one;
     x = x < far ? x : far;
     x = x > -far ? x : -far;
-    double r;
-    if (nearest)
-        r = __builtin_rint(x);
-    else {
-        r = __builtin_floor(x);
+    double r = x + MAGIC;
+    r -= MAGIC;
+    if (!nearest) {
+        r -= r > x ? 1.0 : 0.0;
         r += (double)noise < (x - r) * 4294967296.0 ? 1.0 : 0.0;
     }
     *clamped += __builtin_fabs(r) > limit;
@@ -154,27 +191,84 @@ NAME(quantize_one)(double value, bool nearest, uint32_t noise, double scale, dou
     return __builtin_fabs(value) <= 1.7976931348623157e308;
 }
 
+#if REAL_LANES
+
+typedef float NAME(floats) __attribute__((vector_size(4 * REAL_LANES), aligned(4), may_alias));
+typedef uint32_t NAME(halves) __attribute__((vector_size(4 * REAL_LANES), aligned(4), may_alias));
+
+/* The same, a vector at a time; returns words that are zero where a value is not finite. */
+static inline __attribute__((always_inline)) NAME(words)
+NAME(quantize_vector)(reals value, const uint32_t *noise, const Rounding *rounding, uint64_t bias,
+                      uint64_t *out, NAME(words) *clamped)
+{
+    const reals zero = {0}, far = zero + 1152921504606846976.0, limit = zero + rounding->limit;
+    const NAME(words) size = (NAME(words)){0} + 0x7fffffffffffffffULL;
+    reals x = value * rounding->scale;
+    x *= rounding->one;
+    x = MOST(LEAST(x, far), -far);
+    if (noise) {
+        const reals low = FLOOR(x), fraction = (x - low) * 4294967296.0;
+        const NAME(halves) given = *(const NAME(halves) *)noise;
+        const reals uniform = REALS(__builtin_convertvector(given, NAME(words)));
+        const reals one = zero + 1.0;
+        x = low + (reals)((NAME(words))(uniform < fraction) & (NAME(words))one);
+    } else
+        x = ROUND(x);
+    *clamped -= (NAME(words))((reals)((NAME(words))x & size) > limit);
+    x = MOST(LEAST(x, limit), -limit);
+    STORE_WORDS(out, (NAME(words))(x + MAGIC) - MAGIC_BITS + bias);
+    return (NAME(words))((reals)((NAME(words))value & size) <= 1.7976931348623157e308);
+}
+
+#define LOAD_FLOATS(from) __builtin_convertvector(*(const NAME(floats) *)(from), reals)
+
+#define QUANTIZE(function, type, load)                                                             \
+    static bool function(const type *values, size_t count, const Rounding *rounding,               \
+                         uint64_t bias, uint64_t *out, size_t *clamped)                            \
+    {                                                                                              \
+        const uint32_t *noise = rounding->noise;                                                   \
+        NAME(words) beyond = {0}, finite = ~beyond;                                                \
+        size_t c = 0;                                                                              \
+        if (noise)                                                                                 \
+            for (; c + REAL_LANES <= count; c += REAL_LANES)                                       \
+                finite &= NAME(quantize_vector)(load(values + c), noise + c, rounding, bias,       \
+                                                out + c, &beyond);                                 \
+        else                                                                                       \
+            for (; c + REAL_LANES <= count; c += REAL_LANES)                                       \
+                finite &= NAME(quantize_vector)(load(values + c), NULL, rounding, bias, out + c,   \
+                                                &beyond);                                          \
+        bool all = true;                                                                           \
+        for (int lane = 0; lane < REAL_LANES; lane++) {                                            \
+            all &= finite[lane] != 0;                                                              \
+            *clamped += beyond[lane];                                                              \
+        }                                                                                          \
+        for (; c < count; c++)                                                                     \
+            all &= NAME(quantize_one)(values[c], !noise, noise ? noise[c] : 0, rounding->scale,    \
+                                      rounding->one, rounding->limit, bias, out + c, clamped);     \
+        return all;                                                                                \
+    }
+
+QUANTIZE(NAME(quantize_float), float, LOAD_FLOATS)
+QUANTIZE(NAME(quantize_double), double, LOAD)
+
+#else
+
 #define QUANTIZE(function, type)                                                                   \
     static bool function(const type *values, size_t count, const Rounding *rounding,               \
-                         uint64_t bias, uint64_t *restrict out, size_t *clamped)                   \
+                         uint64_t bias, uint64_t *out, size_t *clamped)                            \
     {                                                                                              \
-        const double scale = rounding->scale, one = rounding->one, limit = rounding->limit;        \
         const uint32_t *noise = rounding->noise;                                                   \
-        size_t beyond = 0, finite = 0;                                                             \
-        if (noise)                                                                                 \
-            for (size_t c = 0; c < count; c++)                                                     \
-                finite += NAME(quantize_one)(values[c], false, noise[c], scale, one, limit, bias,  \
-                                             &out[c], &beyond);                                    \
-        else                                                                                       \
-            for (size_t c = 0; c < count; c++)                                                     \
-                finite += NAME(quantize_one)(values[c], true, 0, scale, one, limit, bias, &out[c], \
-                                             &beyond);                                             \
-        *clamped += beyond;                                                                        \
-        return finite == count;                                                                    \
+        bool all = true;                                                                           \
+        for (size_t c = 0; c < count; c++)                                                         \
+            all &= NAME(quantize_one)(values[c], !noise, noise ? noise[c] : 0, rounding->scale,    \
+                                      rounding->one, rounding->limit, bias, out + c, clamped);     \
+        return all;                                                                                \
     }
 
 QUANTIZE(NAME(quantize_float), float)
 QUANTIZE(NAME(quantize_double), double)
+
+#endif
 
 static void NAME(place)(const uint64_t *restrict slots, size_t count, unsigned place,
                         unsigned bits, uint64_t (*restrict limbs)[BLOCK])
@@ -233,7 +327,20 @@ NAME(canonical_one)(uint64_t word, uint64_t p, uint64_t lazy)
 static void NAME(canonical)(const Prime *prime, uint64_t *words, size_t count)
 {
     const uint64_t p = prime->p, lazy = prime->lazy;
-    for (size_t c = 0; c < count; c++)
+    size_t c = 0;
+#if REAL_LANES
+    /* The upper 38 bits as float64, exactly; what is left of them lies between -p / 2 and p / 2,
+     * and the lower 26 bits add 2^26. */
+    const reals zero = {0}, real = zero + (double)p, inverse = zero + 1.0 / (double)p;
+    for (; c + REAL_LANES <= count; c += REAL_LANES) {
+        const NAME(words) word = LOAD_WORDS(words + c);
+        const reals upper = REALS(word >> 26) * 67108864.0;
+        const reals x = FNMA(ROUND(upper * inverse), real, upper) + REALS(word & 67108863);
+        const NAME(words) less = INTEGERS(x + real) - p;
+        STORE_WORDS(words + c, less + (p & (0 - (less >> 63))));
+    }
+#endif
+    for (; c < count; c++)
         words[c] = NAME(canonical_one)(words[c], p, lazy);
 }
 
@@ -268,21 +375,6 @@ static void NAME(slots)(const uint64_t (*numbers)[BLOCK], size_t count, unsigned
     })
 /* x modulo p, at most p / 2 (and a 2^-50 of it) in size. */
 #define REDUCED(x, p, inverse) FNMA(ROUND((x) * (inverse)), p, x)
-
-typedef uint64_t NAME(words) __attribute__((vector_size(8 * REAL_LANES)));
-typedef uint64_t NAME(loose) __attribute__((vector_size(8 * REAL_LANES), aligned(8), may_alias));
-typedef double NAME(loose_reals)
-    __attribute__((vector_size(8 * REAL_LANES), aligned(8), may_alias));
-
-#define LOAD(from) ((reals)*(const NAME(loose_reals) *)(from))
-#define STORE(to, x) (*(NAME(loose_reals) *)(to) = (x))
-#define LOAD_WORDS(from) ((NAME(words))*(const NAME(loose) *)(from))
-#define STORE_WORDS(to, x) (*(NAME(loose) *)(to) = (x))
-#define TWO_52 4503599627370496.0
-#define TWO_52_BITS 0x4330000000000000ULL
-/* Integers below 2^52, both ways. */
-#define REALS(x) ((reals)((x) | TWO_52_BITS) - TWO_52)
-#define INTEGERS(x) ((NAME(words))((x) + TWO_52) ^ TWO_52_BITS)
 
 /* Gentleman and Sande's butterfly. With |u|, |v| <= 2 p the sum is reduced to p / 2, and the
  * product is of |u - v| <= 4 p: at most 2 p again. */
