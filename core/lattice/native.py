@@ -20,7 +20,9 @@ from dtl.core.lattice.arithmetic import (
     Values,
     Words,
     body_of,
+    check_encoding,
     check_integers,
+    check_masks,
     check_secret,
     check_small,
     out_of_range,
@@ -95,6 +97,7 @@ class Sum(arithmetic.Sum):
 
     def add_masks(self, masks: Sequence[Mask]) -> None:
         """Add masks, each with its sign."""
+        check_masks(masks)
         for sign, key in masks:
             self._count_term()
             self._kernel.sum_mask(self._words, self.first, sign < 0, key)
@@ -138,6 +141,7 @@ class Arithmetic(arithmetic.LatticeArithmetic):
         first: int,
     ) -> tuple[Body, int]:
         """All of it in one pass over a polynomial that stays in the cache."""
+        check_encoding(encoding, shape.slot_bits)
         found = vector(values, np.float32, np.float64)
         out, start = self._out(shape, first, len(found))
         finite, clamped = self._kernel.pad(
@@ -214,4 +218,5 @@ class Arithmetic(arithmetic.LatticeArithmetic):
 
 def _packed(masks: Sequence[Mask]) -> bytes:
     """Masks as the kernel takes them: a byte for minus, and the key."""
+    check_masks(masks)
     return b"".join(bytes([sign < 0]) + key for sign, key in masks)
