@@ -1,11 +1,13 @@
 """The lattice body: every back end against plain Python integers, and against each other."""
 
+import os
 import random
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from math import ceil, floor, isqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,16 +19,52 @@ from dtl.core.errors import FormatError, UsageError
 from dtl.core.lattice import native, parameters, portable, ring
 from dtl.core.lattice.arithmetic import Encoding, LatticeArithmetic, Mask, NonFinite, Values
 from dtl.core.lattice.parameters import FULL, INSECURE, Ring, Shape
+from tests.emulated import build
 
 DELTA = 1 << 28
 K_A, K_S, K_E, K_1, K_2 = (bytes([i]) * 32 for i in range(1, 6))
 SEED = b"r" * 32
 
 
+LATTICE = Path(__file__).parent.parent / "core" / "lattice"
+SOURCES = sorted(LATTICE.glob("*.c"))
+
+
+FOLDER: list[Path] = []
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Where the emulated kernel is built: one place for all processes of a run."""
+    folder = tmp_path_factory.getbasetemp()
+    FOLDER.append(folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder)
+
+
+@cache
+def emulated_kernel() -> Any:
+    """The kernel with emulated AVX-512 (tests/emulated), built once."""
+    library = FOLDER[0] / "emulated-lattice" / "_lattice.so"
+    try:
+        build.build(SOURCES, library, ["-O2", "-ffp-contract=off"])
+    except build.NoCompiler as error:
+        pytest.skip(f"AVX-512 IFMA cannot be emulated: {error}")
+    return build.load("dtl.core.lattice._lattice", library)
+
+
+class Emulated(native.Arithmetic):
+    """The variant for AVX-512 IFMA, on a machine that does not have it."""
+
+    def __init__(self, of: Ring) -> None:
+        LatticeArithmetic.__init__(self, of)
+        self._kernel = emulated_kernel().Ring(of.n, of.primes, of.roots, "ifma")
+
+
 BACKENDS: dict[str, Callable[[Ring], LatticeArithmetic]] = {"numpy": portable.Arithmetic}
 if native.unavailable() is None:
     for _name in native._variants:
         BACKENDS[_name] = partial(native.Arithmetic, variant=_name)
+if "ifma" not in BACKENDS:
+    BACKENDS["emulated"] = lambda of: Emulated(of)
 each_backend = pytest.mark.parametrize("backend", BACKENDS.values(), ids=BACKENDS.keys())
 Backend = Callable[[Ring], LatticeArithmetic]
 

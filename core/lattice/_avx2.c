@@ -3,7 +3,7 @@
 
 #include "_lattice.h"
 
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(DTL_EMULATED)
 
 #include <immintrin.h>
 #include <math.h>
@@ -17,6 +17,7 @@
 #endif
 
 #define CHACHA_LANES 8
+#define SHUFFLED_BYTES
 #define REAL_LANES 4
 typedef double reals __attribute__((vector_size(32)));
 #define FMA(a, b, c) ((reals)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))

@@ -418,9 +418,7 @@ static int set_up(PyObject *module)
     state->ring_type = (PyTypeObject *)PyType_FromModuleAndSpec(module, &ring_spec, NULL);
     if (!state->ring_type)
         return -1;
-    if (PyModule_AddType(module, state->ring_type) < 0)
-        return -1;
-    return PyModule_AddIntConstant(module, "MAX_TERMS", MAX_TERMS);
+    return PyModule_AddType(module, state->ring_type);
 }
 
 static int traverse(PyObject *module, visitproc visit, void *arg)

@@ -75,7 +75,7 @@ typedef struct {
     void (*place)(const uint64_t *slots, size_t count, unsigned place, unsigned bits,
                   uint64_t (*limbs)[BLOCK]);
     /* sum += the numbers in limbs, brought modulo p to less than 8 p. Works on whole vectors: at
-     * most three words beyond `count` may change, here and in `shares`. */
+     * most seven words beyond `count` may change, here and in `shares`. */
     void (*gather)(const Prime *prime, const Limbs *factors, const uint64_t (*limbs)[BLOCK],
                    size_t count, uint64_t *sum);
     /* sum += or -= words modulo 2^50; returns whether one of them is not below p. */

@@ -5,8 +5,6 @@ from numpy.typing import NDArray
 
 Buffer = bytes | NDArray[Any]
 
-MAX_TERMS: int
-
 def variants() -> list[str]: ...
 
 class Ring:

@@ -1,11 +1,10 @@
 /* The steps of _lattice.h for one kind of processor. The file that includes this defines
  *   NAME(x)            the name of a function of this variant
- *   CHACHA_LANES       8, or 4 where registers are few or short
+ *   CHACHA_LANES       see _chacha.h
  *   REAL_LANES         4 or 2 where there are vectors of float64 with a fused multiply-add;
  *                      then also reals (such a vector), FMA(a, b, c) = a b + c,
  *                      FNMA(a, b, c) = c - a b, ROUND(a) to an integer, FLOOR(a), LEAST(a, b)
  *                      and MOST(a, b); else 0
- * Loops are plain: the compiler makes vectors of them.
  */
 
 #include <math.h>
@@ -13,129 +12,8 @@
 
 #include "_lattice.h"
 
-/* --- ChaCha20, eight blocks side by side, or four where vectors are short -------------------*/
-
-#if CHACHA_LANES == 8
-typedef uint8_t NAME(bytes) __attribute__((vector_size(32)));
-typedef uint32_t NAME(lanes) __attribute__((vector_size(32)));
-typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(32), aligned(4), may_alias));
-#define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
-#define LOW32(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define HIGH32(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#define LOW64(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
-#define HIGH64(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#define LOW128(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
-#define HIGH128(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
-#else
-typedef uint32_t NAME(lanes) __attribute__((vector_size(16)));
-typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(16), aligned(4), may_alias));
-#define NUMBERS {0, 1, 2, 3}
-#define LOW32(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define HIGH32(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#define LOW64(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
-#define HIGH64(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
-#endif
-
-#define ROTATE(x, r) ((x) << (r) | (x) >> (32 - (r)))
-#if CHACHA_LANES == 8 && defined(__x86_64__) /* one shuffle of bytes */
-#define BYTES(x) ((NAME(bytes))(x))
-#define EACH4(f) f(0), f(4), f(8), f(12), f(16), f(20), f(24), f(28)
-#define BY16(i) i + 2, i + 3, i, i + 1
-#define BY8(i) i + 3, i, i + 1, i + 2
-#define ROTATE16(x) ((NAME(lanes))__builtin_shufflevector(BYTES(x), BYTES(x), EACH4(BY16)))
-#define ROTATE8(x) ((NAME(lanes))__builtin_shufflevector(BYTES(x), BYTES(x), EACH4(BY8)))
-#else
-#define ROTATE16(x) ROTATE(x, 16)
-#define ROTATE8(x) ROTATE(x, 8)
-#endif
-
-#define QUARTER(a, b, c, d)                                                                        \
-    do {                                                                                           \
-        a += b, d ^= a, d = ROTATE16(d);                                                           \
-        c += d, b ^= c, b = ROTATE(b, 12);                                                         \
-        a += b, d ^= a, d = ROTATE8(d);                                                            \
-        c += d, b ^= c, b = ROTATE(b, 7);                                                          \
-    } while (0)
-
-/* Word w of every block in x[w], for as many words as there are lanes, to where they belong. */
-static inline __attribute__((always_inline)) void NAME(turn)(const NAME(lanes) * x, uint32_t *out)
-{
-    NAME(lanes) t[CHACHA_LANES], u[CHACHA_LANES];
-    for (int i = 0; i < CHACHA_LANES; i += 2) {
-        t[i] = LOW32(x[i], x[i + 1]);
-        t[i + 1] = HIGH32(x[i], x[i + 1]);
-    }
-    for (int i = 0; i < CHACHA_LANES; i += 4) {
-        u[i] = LOW64(t[i], t[i + 2]);
-        u[i + 1] = HIGH64(t[i], t[i + 2]);
-        u[i + 2] = LOW64(t[i + 1], t[i + 3]);
-        u[i + 3] = HIGH64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-#if CHACHA_LANES == 8
-        *(NAME(loose_lanes) *)(out + 16 * i) = LOW128(u[i], u[i + 4]);
-        *(NAME(loose_lanes) *)(out + 16 * (i + 4)) = HIGH128(u[i], u[i + 4]);
-#else
-        *(NAME(loose_lanes) *)(out + 16 * i) = u[i];
-#endif
-    }
-}
-
-static void NAME(keystream)(const uint32_t key[KEY_WORDS], const uint32_t nonce[3],
-                            uint32_t counter, size_t blocks, uint32_t *out)
-{
-    static const uint32_t constants[4] = {0x61707865, 0x3320646e, 0x79622d32, 0x6b206574};
-    const NAME(lanes) zero = {0}, numbers = NUMBERS;
-    for (size_t done = 0; done < blocks; done += CHACHA_LANES, out += 16 * CHACHA_LANES) {
-        NAME(lanes) x[16];
-        const NAME(lanes) place = numbers + (counter + (uint32_t)done);
-        for (int i = 0; i < 4; i++)
-            x[i] = zero + constants[i];
-        for (int i = 0; i < KEY_WORDS; i++)
-            x[4 + i] = zero + key[i];
-        x[12] = place;
-        for (int i = 0; i < 3; i++)
-            x[13 + i] = zero + nonce[i];
-        for (int round = 0; round < 10; round++) {
-            QUARTER(x[0], x[4], x[8], x[12]);
-            QUARTER(x[1], x[5], x[9], x[13]);
-            QUARTER(x[2], x[6], x[10], x[14]);
-            QUARTER(x[3], x[7], x[11], x[15]);
-            QUARTER(x[0], x[5], x[10], x[15]);
-            QUARTER(x[1], x[6], x[11], x[12]);
-            QUARTER(x[2], x[7], x[8], x[13]);
-            QUARTER(x[3], x[4], x[9], x[14]);
-        }
-        for (int i = 0; i < 4; i++)
-            x[i] += constants[i];
-        for (int i = 0; i < KEY_WORDS; i++)
-            x[4 + i] += key[i];
-        x[12] += place;
-        for (int i = 0; i < 3; i++)
-            x[13 + i] += nonce[i];
-        for (int i = 0; i < 16; i += CHACHA_LANES)
-            NAME(turn)(x + i, out + i);
-    }
-}
-
-static void NAME(popcounts)(const uint64_t *bits, size_t count, uint64_t *out)
-{
-    const uint64_t pairs = 0x5555555555555555, fours = 0x3333333333333333;
-    const uint64_t bytes = 0x0f0f0f0f0f0f0f0f;
-    for (size_t c = 0; c < count; c++) {
-        uint64_t a = bits[2 * c], b = bits[2 * c + 1];
-        a -= a >> 1 & pairs;
-        b -= b >> 1 & pairs;
-        a = (a & fours) + (a >> 2 & fours);
-        b = (b & fours) + (b >> 2 & fours);
-        a = (a & bytes) + (a >> 4 & bytes) + (b & bytes) + (b >> 4 & bytes);
-        /* Eight bytes of at most 16 each, 128 in all: nothing is carried into the next byte. */
-        a += a >> 32;
-        a += a >> 16;
-        a += a >> 8;
-        out[c] = a & 255;
-    }
-}
+#include "_chacha.h"
+#include "_loops.h"
 
 /* --- vectors of float64 ---------------------------------------------------------------------*/
 
@@ -270,50 +148,7 @@ QUANTIZE(NAME(quantize_double), double)
 
 #endif
 
-static void NAME(place)(const uint64_t *restrict slots, size_t count, unsigned place,
-                        unsigned bits, uint64_t (*restrict limbs)[BLOCK])
-{
-    for (unsigned got = 0; got < bits;) {
-        const unsigned limb = (place + got) / WORD_BITS, shift = (place + got) % WORD_BITS;
-        uint64_t *restrict out = limbs[limb];
-        for (size_t c = 0; c < count; c++)
-            out[c] |= slots[c] >> got << shift & WORD_MASK;
-        got += WORD_BITS - shift;
-    }
-}
-
 /* --- words ----------------------------------------------------------------------------------*/
-
-static bool NAME(add)(const Prime *prime, bool minus, const uint64_t *restrict words, size_t count,
-                      uint64_t *restrict sum)
-{
-    const uint64_t p = prime->p;
-    uint64_t beyond = 0;
-    if (minus)
-        for (size_t c = 0; c < count; c++) {
-            const uint64_t word = words[c] & WORD_MASK;
-            beyond |= p - 1 - word;
-            sum[c] += p - word; /* where it is beyond p, the caller puts it right, modulo 2^64 */
-        }
-    else
-        for (size_t c = 0; c < count; c++) {
-            const uint64_t word = words[c] & WORD_MASK;
-            beyond |= p - 1 - word;
-            sum[c] += word;
-        }
-    return beyond >> 63;
-}
-
-static bool NAME(take)(const Prime *prime, uint64_t *words, size_t count)
-{
-    const uint64_t p = prime->p;
-    uint64_t beyond = 0;
-    for (size_t c = 0; c < count; c++) {
-        words[c] &= WORD_MASK;
-        beyond |= p - 1 - words[c];
-    }
-    return beyond >> 63;
-}
 
 /* The quotient is below 2^15, and at most one too small. */
 static inline __attribute__((always_inline)) uint64_t
@@ -342,20 +177,6 @@ static void NAME(canonical)(const Prime *prime, uint64_t *words, size_t count)
 #endif
     for (; c < count; c++)
         words[c] = NAME(canonical_one)(words[c], p, lazy);
-}
-
-static void NAME(slots)(const uint64_t (*numbers)[BLOCK], size_t count, unsigned place,
-                        unsigned bits, uint64_t bias, int64_t *restrict out)
-{
-    const unsigned word = place / 64, shift = place % 64;
-    const uint64_t mask = (1ULL << bits) - 1; /* bits <= 52 */
-    const uint64_t *restrict low = numbers[word], *restrict next = numbers[word + (word < 3)];
-    if (shift + bits <= 64)
-        for (size_t c = 0; c < count; c++)
-            out[c] = (int64_t)((low[c] >> shift & mask) - bias);
-    else
-        for (size_t c = 0; c < count; c++)
-            out[c] = (int64_t)(((low[c] >> shift | next[c] << (64 - shift)) & mask) - bias);
 }
 
 /* --- products modulo p ----------------------------------------------------------------------*/

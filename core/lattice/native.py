@@ -42,6 +42,7 @@ else:
 
 _IFMA = "ifma"
 _PRIMES = 4
+_MAX_TERMS = 1 << 13  # as in _lattice.h: so many words below 2^50 stay below 2^64
 _ADD, _SUBTRACT, _SUBTRACT_FROM = range(3)
 
 
@@ -79,7 +80,7 @@ class Sum(arithmetic.Sum):
 
     def _count_term(self) -> None:
         self._terms += 1
-        if self._terms >= _lattice.MAX_TERMS:
+        if self._terms >= _MAX_TERMS:
             self._kernel.sum_reduce(self._words)
             self._terms = 2
 
