@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
-BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.c core/crypto/*.h)
+BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.[ch] core/lattice/*.[ch])
 
 .PHONY: demo test check bench bits vectors long faults fuzz engines clean
 .DEFAULT_GOAL := test
@@ -55,7 +55,7 @@ fuzz: $(VENV)/.test .links
 	SECONDS=$(SECONDS) SEED=$(SEED) CASE=$(CASE) $(BIN)/python -m tests.robustness.guided
 
 clean:
-	rm -rf $(VENV) .links .demo fuzz-failures build dist *.egg-info core/crypto/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .links .demo fuzz-failures build dist *.egg-info core/*/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find $(SOURCES) -name __pycache__ -type d -exec rm -rf {} +
 
 $(VENV)/bin/python:

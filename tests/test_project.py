@@ -78,6 +78,7 @@ def test_roles_do_not_import_one_another() -> None:
     [
         ("gmpy2", "core/crypto/portable.py"),
         ("dtl.core.crypto._kernel", "core/crypto/native.py"),
+        ("dtl.core.lattice._lattice", "core/lattice/native.py"),
         ("rich", "cli/terminal.py"),
         ("joblib", "core/parallel.py"),
         ("dask", "core/cluster.py"),

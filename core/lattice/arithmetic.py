@@ -7,6 +7,7 @@ same bytes. Source: PROTOCOL.md, the section on the lattice body.
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from dtl.core.crypto.primitives import hash_fields
 from dtl.core.errors import FormatError
-from dtl.core.lattice.parameters import Ring, Shape
+from dtl.core.lattice.parameters import WORD_BITS, Ring, Shape
 
 Body = NDArray[np.uint8]
 Integers = NDArray[np.int64]
@@ -96,6 +97,37 @@ def check_integers(integers: Integers, slot_bits: int) -> Integers:
     bound = 1 << (slot_bits - 1)
     if found.size and (found.min() < -bound or found.max() >= bound):
         raise ValueError(f"an integer does not fit into {slot_bits} bits")
+    return found
+
+
+def check_keys(*keys: bytes | None) -> None:
+    """ValueError unless every key that is given has 32 bytes."""
+    if any(key is not None and len(key) != KEY_BYTES for key in keys):
+        raise ValueError(f"a key has {KEY_BYTES} bytes")
+
+
+def check_masks(masks: Sequence[Mask]) -> None:
+    """ValueError unless every sign is +1 or -1 and every key has 32 bytes."""
+    if any(sign not in (1, -1) for sign, _ in masks):
+        raise ValueError("the sign of a mask is +1 or -1")
+    check_keys(*(key for _, key in masks))
+
+
+def check_encoding(encoding: Encoding, slot_bits: int) -> None:
+    """ValueError for a limit that does not fit into a slot, a scale or a seed that is none."""
+    check_keys(encoding.seed)
+    if not 0 <= encoding.limit < 1 << (slot_bits - 1):
+        raise ValueError(f"a limit of {encoding.limit} does not fit into {slot_bits} bits")
+    if not isfinite(encoding.scale) or not isfinite(encoding.one):
+        raise ValueError("the scale is not finite")
+
+
+def check_small(small: Integers, ring: Ring) -> Integers:
+    """n coefficients below 2^49 in size, contiguous; ValueError else."""
+    found = vector(small, np.int64)
+    bound = 1 << (WORD_BITS - 1)
+    if found.shape != (ring.n,) or found.min() <= -bound or found.max() >= bound:
+        raise ValueError(f"expected {ring.n} coefficients below 2^49")
     return found
 
 

@@ -32,8 +32,12 @@ from dtl.core.lattice.arithmetic import (
     Values,
     Words,
     body_of,
+    check_encoding,
     check_integers,
+    check_keys,
+    check_masks,
     check_secret,
+    check_small,
     out_of_range,
     polynomials_of,
     vector,
@@ -372,6 +376,7 @@ class Sum(arithmetic.Sum):
 
     def add_masks(self, masks: Sequence[Mask]) -> None:
         """Add masks, each with its sign."""
+        check_masks(masks)
         for mask in masks:
             for i, words in enumerate(self._words, self.first):
                 for j, prime in enumerate(self._primes):
@@ -400,6 +405,7 @@ class Arithmetic(arithmetic.LatticeArithmetic):
 
     def sample(self, key: bytes, polynomial: int | None = None) -> Integers:
         """Popcounts, by a table of the counts of 16 bits."""
+        check_keys(key)
         stream = _keystream(key, struct.pack("<IQ", 0, polynomial or 0), 16 * self.ring.n)
         counts = _popcounts()[stream.view("<u2")].reshape(-1, 8)
         found: Integers = counts.sum(1, dtype=np.int64) - BOUND
@@ -407,9 +413,7 @@ class Arithmetic(arithmetic.LatticeArithmetic):
 
     def transform(self, small: Integers) -> Words:
         """One transform a prime."""
-        found = vector(small, np.int64)
-        if found.shape != (self.ring.n,) or (np.abs(found) >= 1 << (WORD_BITS - 1)).any():
-            raise ValueError(f"expected {self.ring.n} coefficients below 2^49")
+        found = check_small(small, self.ring)
         return np.array([p.canonical(p.forward(found)) for p in self._primes]).astype(np.uint64)
 
     def pad(
@@ -424,6 +428,7 @@ class Arithmetic(arithmetic.LatticeArithmetic):
         first: int,
     ) -> tuple[Body, int]:
         """Values are rounded and clamped as float64, which is exact, polynomial by polynomial."""
+        check_encoding(encoding, shape.slot_bits)
         found = vector(values, np.float32, np.float64)
         clamped = 0
         start = shape.span(first, shape.holding(first, len(found))).first_value
@@ -471,6 +476,8 @@ class Arithmetic(arithmetic.LatticeArithmetic):
         shape: Shape,
         first: int,
     ) -> Body:
+        check_keys(k_a, k_e)
+        check_masks(masks)
         count = shape.holding(first, values)
         pads = self._pads(secret)
         packer = _packer(self.ring, shape.slot_bits, shape.slots)
@@ -528,6 +535,7 @@ class Arithmetic(arithmetic.LatticeArithmetic):
         self, k_a: bytes, secret: Words, bound: int, body: Buffer, shape: Shape, first: int
     ) -> tuple[Integers, bool]:
         """Every polynomial to its end, whatever is found."""
+        check_keys(k_a)
         count = polynomials_of(body, shape, first)
         found = body_of(body, shape, first, count)
         pads = self._pads(secret)

@@ -103,4 +103,4 @@ def arithmetic(ring: Ring) -> LatticeArithmetic:
 def _arithmetic(ring: Ring, name: str) -> LatticeArithmetic:
     if name == NUMPY:
         return portable.Arithmetic(ring)
-    return native.Arithmetic(ring, ifma=name == IFMA)
+    return native.Arithmetic(ring, IFMA if name == IFMA else native.portable_variant())
