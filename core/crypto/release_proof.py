@@ -81,7 +81,8 @@ def prove(
     statement = _state(key, core, of, residues, opened)
     w = _witness(key, seed, statement)
     bases = np.stack([_row(key, key.g), statement.gamma])
-    t, t_prime = arithmetic.shared_base_powers(bases, w)
+    bits = key.exponent_bits + _HIDING_BITS
+    t, t_prime = arithmetic.shared_base_powers(bases, w, secret_bits=bits)
     e = _challenge(statement, t, t_prime)
     z = [w_j + e * a_j for w_j, a_j in zip(w, half, strict=True)]
     responses = from_integers(z, _response_width(key))
@@ -125,10 +126,10 @@ def _holds(
     statement = _state(key, core, of, residues, opened)
     e = _challenge(statement, *commitments)
     bases = np.stack([_row(key, key.g), statement.gamma])
-    left = arithmetic.shared_base_powers(bases, z, public=True)
+    left = arithmetic.shared_base_powers(bases, z, secret_bits=None)
     servers = from_integers(key.server, arithmetic.width)
     images = np.concatenate([servers, statement.quotients])
-    powers = arithmetic.powers(images, e, public=True).reshape(commitments.shape)
+    powers = arithmetic.powers(images, e, secret_bits=None).reshape(commitments.shape)
     right = arithmetic.product([commitments, powers])
     sides = zip(to_integers(left), to_integers(right), strict=True)
     return all(a in (b, key.n**2 - b) for a, b in sides)
