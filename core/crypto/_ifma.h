@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Elsewhere only ifma_unavailable and the two sizes are there. */
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(DTL_EMULATED) || (defined(__x86_64__) && defined(__GNUC__))
 #define IFMA_BUILT 1
 #else
 #define IFMA_BUILT 0
