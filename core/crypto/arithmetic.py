@@ -14,6 +14,12 @@ from numpy.typing import NDArray
 
 from dtl.core.errors import FormatError
 
+MASKED_USES = 32
+"""Up to so many powers, a native fixed-base table reads all of its entries for every digit.
+
+That is the lattice cipher's key part. A vector of thousands of groups needs tables too large
+to be read whole."""
+
 Bytes = NDArray[np.uint8]
 """A batch of little-endian numbers, uint8 [..., width]."""
 
@@ -42,9 +48,16 @@ class FixedBaseTable(ABC):
     its own, at the price of depth - 1 squarings a power.
     """
 
-    def __init__(self, exponent_bits: int, uses: int, max_entries: int, squaring: float) -> None:
+    def __init__(
+        self,
+        exponent_bits: int,
+        uses: int,
+        max_entries: int,
+        squaring: float,
+        reading: float = 0.0,
+    ) -> None:
         self.exponent_bits = exponent_bits
-        self.rows, self.depth = best_comb(exponent_bits, uses, max_entries, squaring)
+        self.rows, self.depth = best_comb(exponent_bits, uses, max_entries, squaring, reading)
         self.columns = -(-exponent_bits // self.rows)
         self.blocks = -(-self.columns // self.depth)
 
@@ -57,10 +70,13 @@ class FixedBaseTable(ABC):
         """
 
 
-def best_comb(bits: int, uses: int, max_entries: int, squaring: float) -> tuple[int, int]:
+def best_comb(
+    bits: int, uses: int, max_entries: int, squaring: float, reading: float = 0.0
+) -> tuple[int, int]:
     """The (rows, depth) of the comb that is made and used in the least time.
 
-    `squaring` is the time of a squaring in products.
+    `squaring` is the time of a squaring in products; `reading` that of reading one entry, where
+    all entries of a block are read for each digit.
     """
     best, choice = math.inf, (1, bits)
     for rows in range(1, 17):
@@ -69,7 +85,8 @@ def best_comb(bits: int, uses: int, max_entries: int, squaring: float) -> tuple[
             entries = -(-columns // depth) << rows
             if rows > 1 and entries > max_entries:
                 continue
-            cost = entries + squaring * bits + uses * (columns - 1 + squaring * (depth - 1))
+            products = (columns - 1) * (1 + reading * (1 << rows)) + squaring * (depth - 1)
+            cost = entries + squaring * bits + uses * products
             if cost < best:
                 best, choice = cost, (rows, depth)
     return choice
@@ -81,8 +98,9 @@ class Arithmetic(ABC):
     `width` is the bytes of a residue (2|N|/8), `block_width` those of a block (|N|/8). In a
     batch of *groups* [..., K, width] the first of the K residues is a number modulo N.
 
-    Exponents are secret unless `public` says otherwise. The native back end then takes steps,
-    and reads memory, in an order that depends on their length only; gmpy2 does not.
+    Where `secret_bits` is not None, exponents are secret and below 2^secret_bits (ValueError
+    otherwise). The native back end then takes steps, and reads memory, in an order that depends
+    on that length only; gmpy2 does not.
     """
 
     def __init__(self, modulus: int) -> None:
@@ -150,15 +168,15 @@ class Arithmetic(ABC):
     def lift(self, batch: Bytes) -> Bytes:
         """c^N for each c of [..., width]: it depends on c modulo N only."""
         flat = batch.reshape(-1, batch.shape[-1])
-        return self.powers(flat, self.modulus, public=True).reshape(batch.shape)
+        return self.powers(flat, self.modulus, secret_bits=None).reshape(batch.shape)
 
     @abstractmethod
-    def powers(self, bases: Bytes, exponent: int, *, public: bool = False) -> Bytes:
+    def powers(self, bases: Bytes, exponent: int, *, secret_bits: int | None) -> Bytes:
         """Every base [n, width] to one exponent, which is not negative."""
 
     @abstractmethod
     def shared_base_powers(
-        self, bases: Bytes, exponents: Sequence[int], *, public: bool = False
+        self, bases: Bytes, exponents: Sequence[int], *, secret_bits: int | None
     ) -> Bytes:
         """Raise every base to all exponents: [G, width] -> [G, len(exponents), width].
 
@@ -190,9 +208,16 @@ class Arithmetic(ABC):
     ) -> FixedBaseTable:
         """A table for `uses` powers of each base; it sizes itself by them.
 
-        With `groups` the powers of all bases to one exponent are a group: those of the first
-        base are numbers modulo N.
+        The exponents are secret; the native back end protects them as said above where `uses`
+        is at most MASKED_USES. With `groups` the powers of all bases to one exponent are a
+        group: those of the first base are numbers modulo N.
         """
+
+
+def check_length(exponents: Sequence[int], secret_bits: int | None) -> None:
+    """Raise ValueError for an exponent of more than `secret_bits` bits, where that is given."""
+    if secret_bits is not None and any(exponent >> secret_bits for exponent in exponents):
+        raise ValueError(f"a secret exponent has more than {secret_bits} bits")
 
 
 def best_window(count: int, bits: int) -> int:

@@ -41,6 +41,16 @@ def exponent_bits(modulus_bits: int) -> int:
     return known[1] if known else _INSECURE_EXPONENT_BITS
 
 
+def half_bits(modulus_bits: int) -> int:
+    """Bits of an exponent of a half: twice a number of ell bits."""
+    return exponent_bits(modulus_bits) + 1
+
+
+def sum_bits(modulus_bits: int) -> int:
+    """Bits of a sum of two such exponents, a_j + b_j."""
+    return half_bits(modulus_bits) + 1
+
+
 def check_modulus_bits(modulus_bits: int, insecure: bool) -> None:
     """Raise UsageError for a size that is not allowed."""
     if modulus_bits in SECURE_SIZES:
@@ -151,18 +161,19 @@ def generate_public_key(
             break
     g = residues.power(gamma, n, n * n)
     sums = [a + b for a, b in zip(server_half, participant_half, strict=True)]
-    powers = _powers(residues.arithmetic(n), g, [*sums, *server_half])
+    bits = sum_bits(n.bit_length())
+    powers = _powers(residues.arithmetic(n), g, [*sums, *server_half], bits)
     return PublicKey(n, gamma, powers[:COMPONENTS], powers[COMPONENTS:])
 
 
 def has_server_half(key: PublicKey, half: tuple[int, ...]) -> bool:
     """Whether A_j = g^(a_j) for every j."""
-    return key.server == _powers(key.arithmetic, key.g, half)
+    return key.server == _powers(key.arithmetic, key.g, half, half_bits(key.modulus_bits))
 
 
 def has_participant_half(key: PublicKey, half: tuple[int, ...]) -> bool:
     """Whether h_j = A_j g^(b_j) for every j."""
-    powers = _powers(key.arithmetic, key.g, half)
+    powers = _powers(key.arithmetic, key.g, half, half_bits(key.modulus_bits))
     pairs = zip(key.server, powers, strict=True)
     return key.h == tuple(a * power % key.n**2 for a, power in pairs)
 
@@ -175,11 +186,12 @@ def has_halves(
 
 
 def _powers(
-    arithmetic: residues.Arithmetic, base: int, exponents: Sequence[int]
+    arithmetic: residues.Arithmetic, base: int, exponents: Sequence[int], secret_bits: int
 ) -> tuple[int, ...]:
-    """One base to several exponents, modulo N^2."""
+    """One base to several secret exponents, modulo N^2."""
     bases = residues.from_integers([base], arithmetic.width)
-    return tuple(residues.to_integers(arithmetic.shared_base_powers(bases, exponents)))
+    powers = arithmetic.shared_base_powers(bases, exponents, secret_bits=secret_bits)
+    return tuple(residues.to_integers(powers))
 
 
 def expand_half(seed: bytes, label: str, job_id: bytes, bits: int) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 They are derived from fresh bytes of the operating system and from everything that tells one
 upload from another, so that a weak generator alone never makes two uploads share a key. They
-are never stored. Source: PROTOCOL.md, section 4.
+are never stored. Source: PROTOCOL.md, section 9.2.
 """
 
 import secrets

@@ -13,7 +13,7 @@ from gmpy2 import mpz
 from numpy.typing import NDArray
 
 from dtl.core.crypto import arithmetic
-from dtl.core.crypto.arithmetic import Bytes, best_window
+from dtl.core.crypto.arithmetic import Bytes, best_window, check_length
 from dtl.core.errors import VerificationError
 
 PRIMALITY_ROUNDS = 40
@@ -162,16 +162,18 @@ class Arithmetic(arithmetic.Arithmetic):
             result = [a * b % modulus for a, b, modulus in triples]
         return _bytes(result, *self._shape(first))
 
-    def powers(self, bases: Bytes, exponent: int, *, public: bool = False) -> Bytes:
+    def powers(self, bases: Bytes, exponent: int, *, secret_bits: int | None) -> Bytes:
         """One base after the other, of pairs, with sliding windows."""
+        check_length([exponent], secret_bits)
         digits, n = _sliding(exponent, _POWER_WINDOW), self._n
         powers = (self._number(_power(self._pair(b), digits, n)) for b in _numbers(bases))
         return _bytes(powers, *self._shape(bases))
 
     def shared_base_powers(
-        self, bases: Bytes, exponents: Sequence[int], *, public: bool = False
+        self, bases: Bytes, exponents: Sequence[int], *, secret_bits: int | None
     ) -> Bytes:
         """Yao's method with sliding windows: odd digits that begin at any bit."""
+        check_length(exponents, secret_bits)
         digits = [_sliding(exponent, _WINDOW) for exponent in exponents]
         length = max((exponent.bit_length() for exponent in exponents), default=0)
         out: list[mpz] = []

@@ -108,14 +108,17 @@ def commit(key: PublicKey, groups: int, stream: bytes) -> tuple[Witness, tuple[i
         int.from_bytes(stream[start : start + step], "little") % key.n
         for start in range(width, len(stream), step)
     )
-    return Witness(w, s), tuple(to_integers(_key_powers(key, w, s, public=False)))
+    powers = _key_powers(key, w, s, witness_bits(key, groups))
+    return Witness(w, s), tuple(to_integers(powers))
 
 
-def _key_powers(key: PublicKey, exponent: int, blocks: Sequence[int], *, public: bool) -> Bytes:
+def _key_powers(
+    key: PublicKey, exponent: int, blocks: Sequence[int], secret_bits: int | None
+) -> Bytes:
     """gamma^e modulo N, h_1^e (1 + m_1 N), ..., h_7^e (1 + m_7 N): a group, [8, width]."""
     arithmetic = key.arithmetic
     bases = from_integers((key.gamma, *key.h), arithmetic.width)
-    powers = arithmetic.powers(bases, exponent, public=public)
+    powers = arithmetic.powers(bases, exponent, secret_bits=secret_bits)
     encoded = from_integers((0, *blocks), arithmetic.block_width)
     return arithmetic.reduce_groups(arithmetic.add_blocks(powers, encoded))
 
@@ -186,7 +189,7 @@ def verify(key: PublicKey, proof: Proof, products: list[int]) -> None:
     the first only the value modulo N counts. The ranges must have been checked before.
     """
     moduli = (key.n, *[key.n**2] * COMPONENTS)
-    powers = to_integers(_key_powers(key, proof.z, proof.v, public=True))
+    powers = to_integers(_key_powers(key, proof.z, proof.v, None))
     for left, d, product, modulus in zip(powers, proof.d, products, moduli, strict=True):
         right = d * product % modulus
         if left not in (right, modulus - right):

@@ -10,7 +10,7 @@ and proves that log_Gamma D_j = log_g A_j for j = 1..7, with A_j = g^(a_j) from 
     g^z_j = +- t_j A_j^e,   Gamma^z_j = +- t'_j D_j^e.
 
 So whoever opens the release knows that it is the signed result. Source: PROTOCOL.md, section
-8; Chaum-Pedersen (Crypto '92) in a group of unknown order, Fiat-Shamir made non-interactive,
+11; Chaum-Pedersen (Crypto '92) in a group of unknown order, Fiat-Shamir made non-interactive,
 small-exponent batching of Bellare-Garay-Rabin (Eurocrypt '98).
 """
 
@@ -52,8 +52,12 @@ class _Statement(NamedTuple):
 
     def items(self) -> tuple[bytes, ...]:
         """The items that stand for it in a hash, in order."""
-        gamma, quotients = self.gamma.tobytes(), self.quotients.tobytes()
-        return self.core, self.of, self.opened_hash, gamma, quotients
+        return self.core, self.of, self.opened_hash, self.gamma.tobytes(), *_items(self.quotients)
+
+
+def _items(numbers: Bytes) -> list[bytes]:
+    """Seven numbers [7, width] as seven items of a hash."""
+    return [number.tobytes() for number in numbers]
 
 
 def half_opened_bytes(key: PublicKey, groups: int) -> int:
@@ -124,10 +128,14 @@ def prove(
     """
     arithmetic = key.arithmetic
     gamma = arithmetic.lift(_row(key, base)[None])[0]
-    quotients = arithmetic.shared_base_powers(gamma[None], half)[0]
+    quotients = arithmetic.shared_base_powers(
+        gamma[None], half, secret_bits=key.exponent_bits + 1
+    )[0]
     statement = _Statement(core, of, opened_hash, gamma, quotients)
     w = _witness(key, seed, statement)
-    t, t_prime = arithmetic.shared_base_powers(np.stack([_row(key, key.g), gamma]), w)
+    bases = np.stack([_row(key, key.g), statement.gamma])
+    bits = key.exponent_bits + _HIDING_BITS
+    t, t_prime = arithmetic.shared_base_powers(bases, w, secret_bits=bits)
     e = _challenge(statement, t, t_prime)
     z = [w_j + e * a_j for w_j, a_j in zip(w, half, strict=True)]
     responses = from_integers(z, _response_width(key))
@@ -169,10 +177,10 @@ def _holds(
     statement = _Statement(core, of, opened_hash, gamma, quotients)
     e = _challenge(statement, *commitments)
     bases = np.stack([_row(key, key.g), gamma])
-    left = arithmetic.shared_base_powers(bases, z, public=True)
+    left = arithmetic.shared_base_powers(bases, z, secret_bits=None)
     servers = from_integers(key.server, arithmetic.width)
     images = np.concatenate([servers, quotients])
-    powers = arithmetic.powers(images, e, public=True).reshape(commitments.shape)
+    powers = arithmetic.powers(images, e, secret_bits=None).reshape(commitments.shape)
     right = arithmetic.product([commitments, powers])
     sides = zip(to_integers(left), to_integers(right), strict=True)
     return all(a in (b, key.n**2 - b) for a, b in sides)

@@ -19,7 +19,7 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
+from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor, half_bits, sum_bits
 from dtl.core.crypto.residues import Bytes, FixedBaseTable, PaillierArithmetic
 from dtl.core.errors import FormatError, VerificationError
 
@@ -92,7 +92,8 @@ def apply_half(key: PublicKey, residues: Bytes, half: Sequence[int]) -> Bytes:
     arithmetic = key.arithmetic
     inverses = arithmetic.lift(arithmetic.inverse(residues[:, 0]))
     result = residues.copy()
-    powers = arithmetic.shared_base_powers(inverses, half)
+    bits = half_bits(key.modulus_bits)
+    powers = arithmetic.shared_base_powers(inverses, half, secret_bits=bits)
     result[:, 1:] = arithmetic.product([residues[:, 1:], powers])
     return result
 
@@ -134,7 +135,9 @@ def well_formed(
     arithmetic = key.arithmetic
     bare = arithmetic.subtract_blocks(residues[:, 1:], blocks)
     doubled = [2 * exponent for exponent in exponents]
-    powers = arithmetic.shared_base_powers(arithmetic.lift(residues[:, 0]), doubled)
+    bits = sum_bits(key.modulus_bits) + 1
+    lifted = arithmetic.lift(residues[:, 0])
+    powers = arithmetic.shared_base_powers(lifted, doubled, secret_bits=bits)
     same: NDArray[np.bool_] = (arithmetic.product([bare, bare]) == powers).all(axis=(1, 2))
     return same
 

@@ -277,7 +277,7 @@ class Ledger:
         ):
             raise VerificationError(f"{self.path}: not the ledger that {key.path} pins")
 
-    def find(self, kind: type[EntryType], **fields: object) -> list[EntryType]:
+    def find(self, kind: type[EntryType], /, **fields: object) -> list[EntryType]:
         """Entries of a kind whose fields have these values, oldest first."""
         return [
             entry

@@ -111,13 +111,25 @@ def _judge_server(bulk: Sequence[_Subject], verdicts: dict[Path, Verdict]) -> No
         others = [
             str(other.path)
             for other in results
-            if other.header.round == subject.header.round and other.digest != subject.digest
+            if _excludes(subject.header, other.header) and other.digest != subject.digest
         ]
         if others:
             verdicts[subject.path].problems.append(
                 f"the server signed another result of round {subject.header.round}: "
                 f"{', '.join(others)}"
             )
+
+
+def _excludes(one: UploadHeader | ResultHeader, other: UploadHeader | ResultHeader) -> bool:
+    """Whether an honest server cannot have signed both: one round and base, other contents.
+
+    A sum and a model of one round can both be honest, and so can two results with different
+    uploads where there are no masks.
+    """
+    if not (isinstance(one, ResultHeader) and isinstance(other, ResultHeader)):
+        return False
+    same = ("kind", "round", "parent", "initial", "contributors")
+    return all(getattr(one, name) == getattr(other, name) for name in same)
 
 
 def _is_json(path: Path) -> bool:

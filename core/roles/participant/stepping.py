@@ -2,7 +2,7 @@
 
 The server only adds gradients up there; every participant takes the same step along the opened
 sum. Its ledger holds the content of each model, so that nobody trains on another one unnoticed.
-Source: PROTOCOL.md, section 8.1.
+Source: PROTOCOL.md, section 8.5.
 """
 
 from dataclasses import dataclass
@@ -36,13 +36,16 @@ def check_step(ledger: Ledger, total: Path, model: Path) -> OpenEntry:
             f"{total}: not the sum that was opened: its tensors were changed",
             "take the file that open-model wrote, or open the release again",
         )
-    before, held = _content(model)
     if opened.parent is None:
         return opened  # uploads without a base name no model
-    pinned = [e for e in ledger.find(UploadEntry) if e.base is not None and e.base == e.opened]
-    if before is not None and before.base == before.opened == opened.parent and pinned:
-        if pinned[0].base != opened.parent:
-            raise NotAllowedError(f"{model}: not the initial weights of the first upload")
+    held, initial = _digests(model)
+    pinned = {e.base for e in ledger.find(UploadEntry) if e.base and e.base == e.opened}
+    if opened.parent in pinned:
+        if initial != opened.parent:
+            raise VerificationError(
+                f"{model}: not the initial weights that the first upload was based on",
+                f"expected {opened.parent[:16]}..., found {initial[:16]}...",
+            )
         return opened
     steps = ledger.find(StepEntry, sum=opened.parent)
     if not steps:
@@ -88,6 +91,18 @@ def _content(path: Path) -> tuple[PlainMetadata | None, str]:
     source = tensors.open_tensors(path)
     try:
         return source.metadata, tensors.content_digest(source)
+    finally:
+        source.close()
+
+
+def _digests(path: Path) -> tuple[str, str]:
+    """The content of a file's tensors, and V0 of the same tensors."""
+    source = tensors.open_tensors(path)
+    try:
+        digest = tensors.ContentDigest(source.layout)
+        for _ in tensors.raw_pieces(source, digest):
+            pass
+        return digest.hexdigest(), digest.initial()
     finally:
         source.close()
 
