@@ -229,6 +229,9 @@ def _own_step_basis(
         content = tensors.content_digest(model)
     finally:
         model.close()
+    known = source.metadata
+    if known is not None and known.content not in (None, content):
+        raise FormatError(f"{source.path}: computed on other tensors than {options.model}")
     first = last.round + 1
     number = _checked_round(first if options.round is None else options.round, first)
     return Basis(number, last.result, last.opened, content), first
