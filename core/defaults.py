@@ -1,8 +1,9 @@
 """What holds unless somebody says otherwise: every default of the tool, in one place."""
 
 MODULUS_BITS = 3072
+CIPHER = "lattice"
 SLOT_BITS = 24
-FRACTION_BITS = 20
+FRACTION_BITS = 16
 MIN_CONTRIBUTORS = 3
 LR = 1.0
 

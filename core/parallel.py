@@ -65,12 +65,14 @@ class Work:
         kernel: bool = True,
         values: int | None = None,
         public: bool = False,
+        threads: bool = False,
     ) -> Iterator[Result]:
         """Yield function(*task) for all `total` tasks, in order; `step` names the work.
 
         `tasks` may be a generator; it is consumed only as fast as results are taken. Where
         processes are needed, fewer than `serial_below` tasks run in this one. `kernel` says
-        that the function spends its time in batch arithmetic. `values` is what all tasks
+        that the function spends its time in batch arithmetic; `threads` that it runs well in
+        threads whatever computes that arithmetic. `values` is what all tasks
         stand for together, and then what progress counts. `public` says that anybody may see
         the arguments of all tasks: others go to a cluster only where it may have secrets. An
         exception of the function is raised here.
@@ -78,7 +80,7 @@ class Work:
         from dtl.core.crypto.residues import NATIVE, kernel_name  # noqa: PLC0415  (needs numpy)
 
         workers = self.workers or default_workers()
-        threads = kernel_name() == NATIVE and kernel
+        threads = threads or (kernel_name() == NATIVE and kernel)
         cluster = self.cluster
         if cluster is not None and not (public or cluster.secrets):
             logger.warning(

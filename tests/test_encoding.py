@@ -1,6 +1,7 @@
 """Fixed point and packing, against plain Python integers and fractions."""
 
 from fractions import Fraction
+from math import floor
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dtl.core.crypto import residues
+from dtl.core.crypto.primitives import keystream
 from dtl.core.encoding.fixed_point import FixedPoint, Stochastic, nearest
 from dtl.core.encoding.packing import Packing
 from dtl.core.errors import NumericError, UsageError, VerificationError
@@ -83,6 +85,28 @@ def test_stochastic_rounding_is_unbiased_and_within_one() -> None:
     assert np.abs(draws.mean(axis=0) - exact * 2**20).max() < 5 * 0.008
 
 
+def test_stochastic_rounding_is_the_protocol_formula() -> None:
+    """Value i is rounded up if the u32 at byte 4 i of the keystream is below its fraction 2^32."""
+    fixed_point = FixedPoint(24, 16, 5)
+    values = np.random.default_rng(2).normal(0, 1, 300).astype(np.float32)
+    start, scale = 1001, 0.3
+    stream = keystream(SEED.seed, 4 * start, 4 * len(values))
+    expected = []
+    for place, value in enumerate(map(float, values)):
+        exact = value * scale * 2.0**16  # in float64, in this order
+        word = int.from_bytes(stream[4 * place : 4 * place + 4], "little")
+        fraction = Fraction(exact) - floor(exact)
+        expected.append(floor(exact) + (word < fraction * 2**32))
+    assert fixed_point.encode_step(values, scale, SEED, start)[0].tolist() == expected
+
+
+def test_stochastic_rounding_compares_strictly(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = np.array([0, 0, 2**31 - 1, 2**31, 2**32 - 1], "<u4")
+    monkeypatch.setattr("dtl.core.encoding.fixed_point.keystream", lambda *_: words.tobytes())
+    exact = np.array([3.0, 3.5, 3.5, 3.5, -3.25])
+    assert SEED(exact, 0).tolist() == [3, 4, 4, 3, -4]
+
+
 def test_stochastic_rounding_does_not_depend_on_the_chunks() -> None:
     values = np.random.default_rng(1).normal(0, 3, 1000)
     whole = SEED(values, 0)
@@ -101,8 +125,9 @@ def test_initial_weights_must_fit() -> None:
     fixed_point = FixedPoint(24, 20, 3)
     limit = fixed_point.max_value / fixed_point.one
     assert fixed_point.encode_weights(np.array([limit, -limit])).tolist() == [2**22 - 1, 1 - 2**22]
-    with pytest.raises(NumericError, match="headroom"):
-        fixed_point.encode_weights(np.array([4.0]))
+    for beyond in (4.0, -4.0, np.inf, np.nan):
+        with pytest.raises(NumericError, match="headroom"):
+            fixed_point.encode_weights(np.array([beyond]))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from dtl.core.files.tensors import load_arrays, read_arrays
 from tests.helpers import THREE, Cli, Round, random_arrays
 
 NewRound = Callable[..., Round]
@@ -82,3 +83,25 @@ def test_plaintext_is_private_and_initial_weights_are_not(
     for path in (shards / "bob.npz", grads, opened, recovered):
         assert path.stat().st_mode & 0o777 == 0o600, path
     assert w0.stat().st_mode & 0o777 == 0o666
+
+
+def test_gradients_name_the_content_of_the_model_they_were_computed_on(
+    dtl: Cli, tmp_path: Path
+) -> None:
+    shards, w0, grads = tmp_path / "s", tmp_path / "w0.npz", tmp_path / "g.safetensors"
+    dtl("split-data", "breast_cancer", "--participants", "alice,bob,carol", "--out", shards)
+    shard = shards / "alice.npz"
+    dtl("init-model", "--data", shard, "-o", w0)
+    model = load_arrays(w0)
+    assert model.metadata is not None
+    assert model.metadata.content == model.content
+    changed = tmp_path / "changed.safetensors"
+    arrays = {name: np.nextafter(a, 1, dtype=np.float32) for name, a in model.arrays.items()}
+    opened = model.metadata.model_copy(update={"round": 1})
+    save_file(arrays, changed, {"dtl": opened.encode().decode()})
+    for path in (w0, changed):
+        grads.unlink(missing_ok=True)
+        dtl("compute-grads", "--model", path, "--data", shard, "-o", grads)
+        _, known = read_arrays(grads)
+        assert known is not None
+        assert known.content == load_arrays(path).content

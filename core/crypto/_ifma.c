@@ -52,7 +52,12 @@ size_t ifma_element_bytes(size_t width)
 
 #include <immintrin.h>
 
+/* tests/emulated has an immintrin.h for processors without IFMA: it computes the same. */
+#ifdef DTL_EMULATED
+#define IFMA
+#else
 #define IFMA __attribute__((target("avx512f,avx512ifma")))
+#endif
 #define INLINE IFMA __attribute__((always_inline)) static inline
 #define UNROLL _Pragma("GCC unroll 4")
 #define LO _mm512_madd52lo_epu64
@@ -70,15 +75,18 @@ struct ifma_modulus {
     vec *square;     /* N^2, 2L limbs */
     vec *complement; /* (1 - R) mod N */
     vec *cube;       /* R^3 mod N^2: takes what `enter` gives into Montgomery form */
+    vec *one;        /* one in Montgomery form */
     uint64_t inverse; /* -1 / N mod 2^52 */
 };
 
 const char *ifma_unavailable(void)
 {
+#ifndef DTL_EMULATED
     /* Asks the operating system too, whether it saves the registers. */
     __builtin_cpu_init();
     if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512ifma"))
         return "the processor has no AVX-512 IFMA";
+#endif
     return NULL;
 }
 
@@ -502,12 +510,26 @@ static void load_montgomery(const ifma_modulus *mod, vec *out, const uint8_t *fr
     multiply(mod, out, out, mod->cube, scratch);
 }
 
-/* Write pairs that stand for themselves; makes them canonical. */
-static void store_residues(const ifma_modulus *mod, uint8_t *to, size_t stride, size_t count,
-                           vec *x, vec *scratch)
+/* The lanes of eight numbers, the first of them number `index`, that begin a group of `columns`
+ * numbers: none where `columns` is 0. */
+static unsigned first_of_groups(size_t index, size_t columns)
+{
+    unsigned lanes = 0;
+    for (size_t lane = 0; columns && lane < IFMA_LANES; lane++)
+        if ((index + lane) % columns == 0)
+            lanes |= 1u << lane;
+    return lanes;
+}
+
+/* Write pairs that stand for themselves; makes them canonical. In the lanes `reduced` the number
+ * is written modulo N: that is a. */
+IFMA static void store_residues(const ifma_modulus *mod, uint8_t *to, size_t stride,
+                                size_t count, vec *x, unsigned reduced, vec *scratch)
 {
     vec *whole = scratch + 4 * mod->limbs;
     canonical(mod, x, scratch);
+    for (size_t i = mod->limbs; i < 2 * mod->limbs; i++)
+        x[i] = _mm512_maskz_mov_epi64((__mmask8)~reduced, x[i]);
     number(mod, whole, x, scratch);
     store(to, 2 * mod->width, stride, count, whole, 2 * mod->limbs);
 }
@@ -536,7 +558,7 @@ ifma_modulus *ifma_modulus_new(const uint8_t *n, size_t width, const uint8_t *co
     const size_t limbs = limbs_of(width);
     mod->width = width;
     mod->limbs = limbs;
-    mod->memory = allocate(6 * limbs);
+    mod->memory = allocate(8 * limbs);
     vec *scratch = allocate(12 * limbs);
     if (!mod->memory || !scratch) {
         free(scratch);
@@ -547,6 +569,7 @@ ifma_modulus *ifma_modulus_new(const uint8_t *n, size_t width, const uint8_t *co
     mod->complement = mod->n + limbs;
     mod->square = mod->n + 2 * limbs;
     mod->cube = mod->n + 4 * limbs;
+    mod->one = mod->n + 6 * limbs;
     load_same(mod->n, limbs, n, width);
     load_same(mod->complement, limbs, complement, width);
     load_same(mod->cube, limbs, cube, width);
@@ -559,6 +582,8 @@ ifma_modulus *ifma_modulus_new(const uint8_t *n, size_t width, const uint8_t *co
     memset(scratch, 0, 2 * limbs * sizeof(vec));
     memcpy(scratch + limbs, mod->n, limbs * sizeof(vec)); /* 0 + N N */
     number(mod, mod->square, scratch, scratch + 2 * limbs);
+    load_montgomery(mod, mod->one, (const uint8_t[2 * IFMA_MAX_WIDTH]){1}, 0, IFMA_LANES,
+                    scratch);
     free(scratch);
     return mod;
 }
@@ -574,7 +599,7 @@ void ifma_modulus_free(ifma_modulus *mod)
 /* --- batches --------------------------------------------------------------------------------*/
 
 int ifma_product(const ifma_modulus *mod, const uint8_t *const *batches, size_t operands,
-                 size_t count, const uint8_t *scale, uint8_t *out)
+                 size_t count, size_t columns, const uint8_t *scale, uint8_t *out)
 {
     const size_t pair = 2 * mod->limbs, bytes = 2 * mod->width;
     const size_t size = 3 * pair + scratch_size(mod);
@@ -594,7 +619,8 @@ int ifma_product(const ifma_modulus *mod, const uint8_t *const *batches, size_t 
             multiply(mod, result, result, operand, scratch);
         }
         multiply(mod, result, result, factor, scratch);
-        store_residues(mod, out + i * bytes, bytes, lanes, result, scratch);
+        store_residues(mod, out + i * bytes, bytes, lanes, result, first_of_groups(i, columns),
+                       scratch);
     }
     release(memory, size);
     return IFMA_OK;
@@ -618,7 +644,7 @@ int ifma_running(const ifma_modulus *mod, const uint8_t *batch, size_t count, ui
         memcpy(prefixes + i / IFMA_LANES * pair * sizeof(vec), result, pair * sizeof(vec));
     }
     if (count)
-        store_residues(mod, totals, bytes, IFMA_LANES, result, scratch);
+        store_residues(mod, totals, bytes, IFMA_LANES, result, 0, scratch);
     release(memory, size);
     return IFMA_OK;
 }
@@ -647,7 +673,7 @@ int ifma_unwind(const ifma_modulus *mod, const uint8_t *batch, size_t count,
             memcpy(result, running, pair * sizeof(vec));
         }
         leave(mod, result, result, NULL, scratch);
-        store_residues(mod, out + i * bytes, bytes, lanes, result, scratch);
+        store_residues(mod, out + i * bytes, bytes, lanes, result, 0, scratch);
     }
     release(memory, size);
     return IFMA_OK;
@@ -667,7 +693,7 @@ int ifma_add_blocks(const ifma_modulus *mod, const uint8_t *batch, const uint8_t
         load_montgomery(mod, x, batch + i * bytes, bytes, lanes, scratch);
         load(block, limbs, blocks + i * width, width, width, lanes);
         leave(mod, x, x, block, scratch);
-        store_residues(mod, out + i * bytes, bytes, lanes, x, scratch);
+        store_residues(mod, out + i * bytes, bytes, lanes, x, 0, scratch);
     }
     release(memory, size);
     return IFMA_OK;
@@ -706,8 +732,9 @@ int ifma_check(const ifma_modulus *mod, const uint8_t *batch, size_t count, uint
     return status;
 }
 
-/* For canonical (a, b): b where a = 1, N - 1 - b where a = N - 1. True if each a is either. */
-IFMA static bool logarithm(const ifma_modulus *mod, vec *x)
+/* For canonical (a, b): b where a = 1, N - 1 - b where a = N - 1, else 0. Returns the lanes in
+ * which a is either. */
+IFMA static __mmask8 logarithm(const ifma_modulus *mod, vec *x)
 {
     const size_t limbs = mod->limbs;
     const vec mask = _mm512_set1_epi64((long long)LIMB), one = _mm512_set1_epi64(1);
@@ -724,12 +751,14 @@ IFMA static bool logarithm(const ifma_modulus *mod, vec *x)
         vec last = i ? mod->n[i] : _mm512_sub_epi64(mod->n[i], one);
         vec s = _mm512_add_epi64(_mm512_sub_epi64(last, b[i]), borrow);
         b[i] = _mm512_mask_and_epi64(b[i], minus, s, mask);
+        b[i] = _mm512_maskz_mov_epi64(plus | minus, b[i]);
         borrow = _mm512_srai_epi64(s, BITS);
     }
-    return (plus | minus) == 0xff;
+    return plus | minus;
 }
 
-int ifma_logarithms(const ifma_modulus *mod, const uint8_t *batch, size_t count, uint8_t *out)
+int ifma_logarithms(const ifma_modulus *mod, const uint8_t *batch, size_t count, uint8_t *out,
+                    uint8_t *good)
 {
     const size_t limbs = mod->limbs, width = mod->width, bytes = 2 * width;
     const size_t size = 2 * limbs + scratch_size(mod);
@@ -737,18 +766,18 @@ int ifma_logarithms(const ifma_modulus *mod, const uint8_t *batch, size_t count,
     if (!memory)
         return IFMA_MEMORY;
     vec *x = memory, *scratch = memory + 2 * limbs;
-    int status = IFMA_OK;
-    for (size_t i = 0; i < count && status == IFMA_OK; i += IFMA_LANES) {
+    for (size_t i = 0; i < count; i += IFMA_LANES) {
         const size_t lanes = at_most(IFMA_LANES, count - i);
         load_montgomery(mod, x, batch + i * bytes, bytes, lanes, scratch);
         leave(mod, x, x, NULL, scratch);
         canonical(mod, x, scratch);
-        if (!logarithm(mod, x))
-            status = IFMA_REFUSED;
+        const __mmask8 opened = logarithm(mod, x);
+        for (size_t lane = 0; lane < lanes; lane++)
+            good[i + lane] = opened >> lane & 1;
         store(out + i * width, width, width, lanes, x + limbs, limbs);
     }
     release(memory, size);
-    return status;
+    return IFMA_OK;
 }
 
 /* --- powers ---------------------------------------------------------------------------------*/
@@ -855,7 +884,7 @@ int ifma_shared_powers(const ifma_modulus *mod, const uint8_t *bases, size_t cou
             else /* the exponent is zero: R (1 / R), for a pair that stands for itself */
                 load(result, pair, (const uint8_t[]){1}, 1, 0, IFMA_LANES);
             store_residues(mod, out + (g * exponent_count + e) * bytes, exponent_count * bytes,
-                           lanes, result, scratch);
+                           lanes, result, 0, scratch);
         }
     }
     release(memory, size);
@@ -866,6 +895,45 @@ int ifma_shared_powers(const ifma_modulus *mod, const uint8_t *bases, size_t cou
     return IFMA_OK;
 }
 
+/* --- powers whose exponent is secret --------------------------------------------------------
+ *
+ * Every step, and every address that is read or written, depends on sizes only. */
+
+/* All ones where a = b, else zero, without a comparison that a compiler could make a branch of. */
+INLINE vec mask_where_equal(size_t a, size_t b)
+{
+    uint64_t difference = a ^ b, mask = ((difference | (0 - difference)) >> 63) - 1;
+    __asm__("" : "+r"(mask));
+    return _mm512_set1_epi64((long long)mask);
+}
+
+/* out = entries[index] of `many` entries of `size` vectors: reads them all. */
+IFMA static void read_masked(vec *out, const vec *entries, size_t many, size_t size, size_t index)
+{
+    memset(out, 0, size * sizeof(vec));
+    for (size_t e = 0; e < many; e++) {
+        const vec mask = mask_where_equal(e, index);
+        const vec *entry = entries + e * size;
+        for (size_t k = 0; k < size; k++)
+            out[k] = _mm512_or_si512(out[k], _mm512_and_si512(mask, entry[k]));
+    }
+}
+
+/* entries[index] = x: reads and writes them all. */
+IFMA static void write_masked(vec *entries, size_t many, size_t size, size_t index, const vec *x)
+{
+    for (size_t e = 0; e < many; e++) {
+        const vec mask = mask_where_equal(e, index);
+        vec *entry = entries + e * size;
+        for (size_t k = 0; k < size; k++) {
+            const vec change = _mm512_xor_si512(entry[k], x[k]);
+            entry[k] = _mm512_xor_si512(entry[k], _mm512_and_si512(mask, change));
+        }
+    }
+}
+
+enum { SECRET_WINDOW = 4, SECRET_BUCKETS = 1 << SECRET_WINDOW };
+
 static size_t digit_at(const uint8_t *number, size_t width, size_t first, size_t count)
 {
     size_t digit = 0;
@@ -873,6 +941,56 @@ static size_t digit_at(const uint8_t *number, size_t width, size_t first, size_t
         digit |= (size_t)bit(number, width, first + j) << j;
     return digit;
 }
+
+/* Yao's method with digits at fixed places. All buckets begin as one; the digit zero has a
+ * bucket too, which is left out at the end. */
+int ifma_secret_powers(const ifma_modulus *mod, const uint8_t *bases, size_t count,
+                       const uint8_t *exponents, size_t exponent_count, size_t exponent_width,
+                       size_t bits, uint8_t *out)
+{
+    const size_t pair = 2 * mod->limbs, bytes = 2 * mod->width;
+    const size_t row = SECRET_BUCKETS * pair;
+    const size_t size = exponent_count * row + 3 * pair + scratch_size(mod);
+    vec *memory = allocate(size);
+    if (!memory)
+        return IFMA_MEMORY;
+    vec *power = memory, *running = power + pair, *result = running + pair;
+    vec *buckets = result + pair, *scratch = buckets + exponent_count * row;
+    for (size_t g = 0; g < count; g += IFMA_LANES) {
+        const size_t lanes = at_most(IFMA_LANES, count - g);
+        for (size_t k = 0; k < exponent_count * SECRET_BUCKETS; k++)
+            memcpy(buckets + k * pair, mod->one, pair * sizeof(vec));
+        load_montgomery(mod, power, bases + g * bytes, bytes, lanes, scratch);
+        for (size_t first = 0; first < bits; first += SECRET_WINDOW) {
+            for (size_t i = 0; first && i < SECRET_WINDOW; i++)
+                square(mod, power, power, scratch);
+            for (size_t e = 0; e < exponent_count; e++) {
+                const size_t digit = digit_at(exponents + e * exponent_width, exponent_width,
+                                              first, SECRET_WINDOW);
+                read_masked(running, buckets + e * row, SECRET_BUCKETS, pair, digit);
+                multiply(mod, running, running, power, scratch);
+                write_masked(buckets + e * row, SECRET_BUCKETS, pair, digit, running);
+            }
+        }
+        for (size_t e = 0; e < exponent_count; e++) {
+            const vec *bucket = buckets + e * row + row - pair; /* the last one */
+            memcpy(running, bucket, pair * sizeof(vec));
+            memcpy(result, bucket, pair * sizeof(vec));
+            for (size_t d = SECRET_BUCKETS - 1; --d > 0;) {
+                bucket -= pair;
+                multiply(mod, running, running, bucket, scratch);
+                multiply(mod, result, result, running, scratch);
+            }
+            leave(mod, result, result, NULL, scratch);
+            store_residues(mod, out + (g * exponent_count + e) * bytes, exponent_count * bytes,
+                           lanes, result, 0, scratch);
+        }
+    }
+    release(memory, size);
+    return IFMA_OK;
+}
+
+/* --- products of powers with public weights -------------------------------------------------*/
 
 /* One window of Pippenger's method: out = product over d of bucket[d]^d. */
 static bool window_product(const ifma_modulus *mod, vec *out, const vec *bases,
@@ -931,7 +1049,7 @@ int ifma_weighted(const ifma_modulus *mod, const uint8_t *batch, const uint8_t *
             leave(mod, result, result, NULL, scratch);
         else
             load(result, pair, (const uint8_t[]){1}, 1, 0, IFMA_LANES);
-        store_residues(mod, out + k * bytes, bytes, lanes, result, scratch);
+        store_residues(mod, out + k * bytes, bytes, lanes, result, 0, scratch);
     }
     release(memory, size);
     free(used);
@@ -943,12 +1061,13 @@ int ifma_weighted(const ifma_modulus *mod, const uint8_t *batch, const uint8_t *
 struct ifma_table {
     const ifma_modulus *mod;
     size_t lanes, rows, columns, depth, blocks;
+    unsigned reduced; /* lanes whose powers are written modulo N */
     vec *chain;   /* [rows][blocks]: base^(2^(row columns + block depth)) */
     vec *entries; /* [blocks][2^rows]: entry 0 is one */
 };
 
 ifma_table *ifma_table_new(const ifma_modulus *mod, const uint8_t *bases, size_t lanes,
-                           size_t rows, size_t columns, size_t depth)
+                           size_t rows, size_t columns, size_t depth, bool groups)
 {
     const size_t pair = 2 * mod->limbs, bytes = 2 * mod->width;
     const size_t size = pair + scratch_size(mod);
@@ -961,6 +1080,7 @@ ifma_table *ifma_table_new(const ifma_modulus *mod, const uint8_t *bases, size_t
     }
     t->mod = mod;
     t->lanes = lanes;
+    t->reduced = groups;
     t->rows = rows;
     t->columns = columns;
     t->depth = depth;
@@ -1002,6 +1122,7 @@ int ifma_table_fill(ifma_table *t, size_t block)
     if (!scratch)
         return IFMA_MEMORY;
     vec *entries = t->entries + (block << t->rows) * pair;
+    memcpy(entries, mod->one, pair * sizeof(vec));
     for (size_t row = 0; row < t->rows; row++) {
         const size_t half = (size_t)1 << row;
         const vec *factor = t->chain + (row * t->blocks + block) * pair;
@@ -1025,37 +1146,66 @@ static size_t comb_digit(const ifma_table *t, const uint8_t *exponent, size_t wi
     return digit;
 }
 
+/* result = the power, by the entries that the exponent's digits name. */
+static void comb_power(const ifma_table *t, vec *result, const uint8_t *exponent, size_t width,
+                       vec *scratch)
+{
+    const ifma_modulus *mod = t->mod;
+    const size_t pair = 2 * mod->limbs;
+    bool some = false;
+    for (size_t step = t->depth; step-- > 0;) {
+        if (some)
+            square(mod, result, result, scratch);
+        for (size_t b = 0; b < t->blocks; b++) {
+            size_t digit = comb_digit(t, exponent, width, b, step);
+            if (digit)
+                gather(mod, result, &some, t->entries + ((b << t->rows) + digit) * pair,
+                       scratch);
+        }
+    }
+    if (!some)
+        memcpy(result, mod->one, pair * sizeof(vec));
+}
+
+/* The same; every entry of a block is read for every digit, and all digits take a product. */
+static void masked_comb_power(const ifma_table *t, vec *result, vec *entry,
+                              const uint8_t *exponent, size_t width, vec *scratch)
+{
+    const ifma_modulus *mod = t->mod;
+    const size_t pair = 2 * mod->limbs, many = (size_t)1 << t->rows;
+    memcpy(result, mod->one, pair * sizeof(vec));
+    for (size_t step = t->depth; step-- > 0;) {
+        if (step + 1 < t->depth)
+            square(mod, result, result, scratch);
+        for (size_t b = 0; b < t->blocks; b++) {
+            read_masked(entry, t->entries + b * many * pair, many, pair,
+                        comb_digit(t, exponent, width, b, step));
+            multiply(mod, result, result, entry, scratch);
+        }
+    }
+}
+
 int ifma_table_powers(const ifma_table *t, const uint8_t *exponents, size_t count,
-                      size_t exponent_width, const uint8_t *blocks, uint8_t *out)
+                      size_t exponent_width, const uint8_t *blocks, bool masked, uint8_t *out)
 {
     const ifma_modulus *mod = t->mod;
     const size_t limbs = mod->limbs, pair = 2 * limbs, width = mod->width, bytes = 2 * width;
-    const size_t size = pair + limbs + scratch_size(mod);
+    const size_t size = 2 * pair + limbs + scratch_size(mod);
     vec *memory = allocate(size);
     if (!memory)
         return IFMA_MEMORY;
-    vec *result = memory, *block = memory + pair, *scratch = block + limbs;
+    vec *result = memory, *entry = memory + pair, *block = entry + pair, *scratch = block + limbs;
     for (size_t i = 0; i < count; i++) {
         const uint8_t *exponent = exponents + i * exponent_width;
-        bool some = false;
-        for (size_t step = t->depth; step-- > 0;) {
-            if (some)
-                square(mod, result, result, scratch);
-            for (size_t b = 0; b < t->blocks; b++) {
-                size_t digit = comb_digit(t, exponent, exponent_width, b, step);
-                if (digit)
-                    gather(mod, result, &some, t->entries + ((b << t->rows) + digit) * pair,
-                           scratch);
-            }
-        }
-        if (!some) { /* one, in Montgomery form */
-            load_montgomery(mod, result, (const uint8_t[2 * IFMA_MAX_WIDTH]){1}, 0, IFMA_LANES,
-                            scratch);
-        }
+        if (masked)
+            masked_comb_power(t, result, entry, exponent, exponent_width, scratch);
+        else
+            comb_power(t, result, exponent, exponent_width, scratch);
         if (blocks)
             load(block, limbs, blocks + i * t->lanes * width, width, width, t->lanes);
         leave(mod, result, result, blocks ? block : NULL, scratch);
-        store_residues(mod, out + i * t->lanes * bytes, bytes, t->lanes, result, scratch);
+        store_residues(mod, out + i * t->lanes * bytes, bytes, t->lanes, result, t->reduced,
+                       scratch);
     }
     release(memory, size);
     return IFMA_OK;

@@ -7,11 +7,12 @@
 #ifndef DTL_IFMA_H
 #define DTL_IFMA_H
 
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
 /* Elsewhere only ifma_unavailable and the two sizes are there. */
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(DTL_EMULATED) || (defined(__x86_64__) && defined(__GNUC__))
 #define IFMA_BUILT 1
 #else
 #define IFMA_BUILT 0
@@ -38,9 +39,10 @@ void ifma_modulus_free(ifma_modulus *m);
 /* Bytes of eight numbers in the kernel's own form: a prefix of ifma_running. */
 size_t ifma_element_bytes(size_t width);
 
-/* out[i] = product over o of batches[o][i]; scale = R^(2 operands) mod N^2 as a pair. */
+/* out[i] = product over o of batches[o][i]; scale = R^(2 operands) mod N^2 as a pair. With
+ * `columns` not 0, numbers 0, columns, 2 columns, ... are taken modulo N. */
 int ifma_product(const ifma_modulus *m, const uint8_t *const *batches, size_t operands,
-                 size_t count, const uint8_t *scale, uint8_t *out);
+                 size_t count, size_t columns, const uint8_t *scale, uint8_t *out);
 
 /* Montgomery's trick, first half: running products of every eighth number. `prefixes` takes
  * an element for every eight numbers, `totals` the 8 last ones as residues. */
@@ -58,13 +60,20 @@ int ifma_add_blocks(const ifma_modulus *m, const uint8_t *batch, const uint8_t *
  * is that of the batch modulo N but for a power of R. */
 int ifma_check(const ifma_modulus *m, const uint8_t *batch, size_t count, uint8_t *products);
 
-/* L(u) or L(-u); IFMA_REFUSED unless every u is 1 or -1 modulo N. */
-int ifma_logarithms(const ifma_modulus *m, const uint8_t *batch, size_t count, uint8_t *out);
+/* good[i] = 1 and out[i] = L(u) or L(-u) where u is 1 or -1 modulo N, else both are zero. */
+int ifma_logarithms(const ifma_modulus *m, const uint8_t *batch, size_t count, uint8_t *out,
+                    uint8_t *good);
 
-/* out[i][e] = bases[i]^exponents[e]. */
+/* out[i][e] = bases[i]^exponents[e], for exponents that may be known to everybody. */
 int ifma_shared_powers(const ifma_modulus *m, const uint8_t *bases, size_t count,
                        const uint8_t *exponents, size_t exponent_count, size_t exponent_width,
                        uint8_t *out);
+
+/* The same for secret exponents, of which the low `bits` bits are taken: steps and addresses
+ * depend on sizes only. */
+int ifma_secret_powers(const ifma_modulus *m, const uint8_t *bases, size_t count,
+                       const uint8_t *exponents, size_t exponent_count, size_t exponent_width,
+                       size_t bits, uint8_t *out);
 
 /* out[k] = product over i of batch[i][k]^weights[i], in windows of `window` bits. */
 int ifma_weighted(const ifma_modulus *m, const uint8_t *batch, const uint8_t *weights,
@@ -72,13 +81,15 @@ int ifma_weighted(const ifma_modulus *m, const uint8_t *batch, const uint8_t *we
                   uint8_t *out);
 
 /* A comb of rows x columns bits cut into ceil(columns / depth) blocks, for up to 8 bases;
- * ifma_table_fill must have been called for every block before ifma_table_powers is. */
+ * ifma_table_fill must have been called for every block before ifma_table_powers is. With
+ * `groups` the powers of the first base are taken modulo N. */
 ifma_table *ifma_table_new(const ifma_modulus *m, const uint8_t *bases, size_t lanes,
-                           size_t rows, size_t columns, size_t depth);
+                           size_t rows, size_t columns, size_t depth, bool groups);
 void ifma_table_free(ifma_table *t);
 int ifma_table_fill(ifma_table *t, size_t block);
-/* out[i][lane] = bases[lane]^exponents[i] (1 + blocks[i][lane] N); `blocks` may be NULL. */
+/* out[i][lane] = bases[lane]^exponents[i] (1 + blocks[i][lane] N); `blocks` may be NULL. With
+ * `masked`, steps and addresses depend on sizes only. */
 int ifma_table_powers(const ifma_table *t, const uint8_t *exponents, size_t count,
-                      size_t exponent_width, const uint8_t *blocks, uint8_t *out);
+                      size_t exponent_width, const uint8_t *blocks, bool masked, uint8_t *out);
 
 #endif

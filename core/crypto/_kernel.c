@@ -154,11 +154,12 @@ static PyObject *product(PyObject *self, PyObject *args)
     PyObject *sequence, *result = NULL;
     Py_buffer b[2] = {0}, *operands = NULL;
     const uint8_t **pointers = NULL;
-    Py_ssize_t many = 0;
-    if (!PyArg_ParseTuple(args, "O!y*w*", &PyTuple_Type, &sequence, &b[0], &b[1]))
+    Py_ssize_t many = 0, columns;
+    if (!PyArg_ParseTuple(args, "O!ny*w*", &PyTuple_Type, &sequence, &columns, &b[0], &b[1]))
         goto done;
     const Py_ssize_t count = items(&b[1], 2 * m->width, "out");
-    if (count < 0 || !is_of(&b[0], 2, m->width, "scale"))
+    if (count < 0 || !in_range(columns, 0, PY_SSIZE_T_MAX, "columns") ||
+        !is_of(&b[0], 2, m->width, "scale"))
         goto done;
     const Py_ssize_t wanted = PyTuple_Size(sequence);
     if (!in_range(wanted, 1, PY_SSIZE_T_MAX / (Py_ssize_t)sizeof *operands, "batches"))
@@ -181,7 +182,8 @@ static PyObject *product(PyObject *self, PyObject *args)
     }
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = ifma_product(m->mod, pointers, (size_t)many, (size_t)count, b[0].buf, b[1].buf);
+    status = ifma_product(m->mod, pointers, (size_t)many, (size_t)count, (size_t)columns,
+                          b[0].buf, b[1].buf);
     Py_END_ALLOW_THREADS
     result = none_or_error(status);
 done:
@@ -283,19 +285,19 @@ static PyObject *logarithms(PyObject *self, PyObject *args)
 {
     const Modulus *m = (Modulus *)self;
     PyObject *result = NULL;
-    Py_buffer b[2] = {0};
-    if (!PyArg_ParseTuple(args, "y*w*", &b[0], &b[1]))
+    Py_buffer b[3] = {0};
+    if (!PyArg_ParseTuple(args, "y*w*w*", &b[0], &b[1], &b[2]))
         goto done;
     const Py_ssize_t count = items(&b[0], 2 * m->width, "batch");
-    if (count < 0 || !is_of(&b[1], count, m->width, "out"))
+    if (count < 0 || !is_of(&b[1], count, m->width, "out") || !is_of(&b[2], count, 1, "good"))
         goto done;
     int status;
     Py_BEGIN_ALLOW_THREADS
-    status = ifma_logarithms(m->mod, b[0].buf, (size_t)count, b[1].buf);
+    status = ifma_logarithms(m->mod, b[0].buf, (size_t)count, b[1].buf, b[2].buf);
     Py_END_ALLOW_THREADS
-    result = bool_or_error(status);
+    result = none_or_error(status);
 done:
-    release_all(b, 2);
+    release_all(b, 3);
     return result;
 }
 
@@ -320,6 +322,33 @@ static PyObject *shared_base_powers(PyObject *self, PyObject *args)
     Py_BEGIN_ALLOW_THREADS
     status = ifma_shared_powers(m->mod, b[0].buf, (size_t)count, b[1].buf, (size_t)exponents,
                                 (size_t)width, b[2].buf);
+    Py_END_ALLOW_THREADS
+    result = none_or_error(status);
+done:
+    release_all(b, 3);
+    return result;
+}
+
+static PyObject *secret_powers(PyObject *self, PyObject *args)
+{
+    const Modulus *m = (Modulus *)self;
+    PyObject *result = NULL;
+    Py_ssize_t width, bits;
+    Py_buffer b[3] = {0};
+    if (!PyArg_ParseTuple(args, "y*y*nnw*", &b[0], &b[1], &width, &bits, &b[2]))
+        goto done;
+    const Py_ssize_t count = items(&b[0], 2 * m->width, "bases");
+    if (count < 0 || !in_range(width, 1, MAX_EXPONENT_BYTES, "bytes of an exponent") ||
+        !in_range(bits, 1, 8 * width, "bits of an exponent"))
+        goto done;
+    const Py_ssize_t exponents = items(&b[1], width, "exponents");
+    if (exponents < 0 || !in_range(exponents, 1, MAX_EXPONENTS, "exponents") ||
+        !is_of(&b[2], count, exponents * 2 * m->width, "out"))
+        goto done;
+    int status;
+    Py_BEGIN_ALLOW_THREADS
+    status = ifma_secret_powers(m->mod, b[0].buf, (size_t)count, b[1].buf, (size_t)exponents,
+                                (size_t)width, (size_t)bits, b[2].buf);
     Py_END_ALLOW_THREADS
     result = none_or_error(status);
 done:
@@ -363,9 +392,10 @@ static PyObject *table(PyObject *self, PyObject *args)
     Modulus *m = (Modulus *)self;
     Table *made = NULL;
     Py_ssize_t rows, columns, depth;
+    int groups;
     Py_buffer b[1] = {0};
     State *state = PyType_GetModuleState(Py_TYPE(self));
-    if (!state || !PyArg_ParseTuple(args, "y*nnn", &b[0], &rows, &columns, &depth))
+    if (!state || !PyArg_ParseTuple(args, "y*nnnp", &b[0], &rows, &columns, &depth, &groups))
         goto done;
     const Py_ssize_t lanes = items(&b[0], 2 * m->width, "bases");
     if (lanes < 0 || !in_range(lanes, 1, IFMA_LANES, "bases") ||
@@ -385,7 +415,7 @@ static PyObject *table(PyObject *self, PyObject *args)
     if (made->filled) {
         Py_BEGIN_ALLOW_THREADS
         made->table = ifma_table_new(m->mod, b[0].buf, (size_t)lanes, (size_t)rows,
-                                     (size_t)columns, (size_t)depth);
+                                     (size_t)columns, (size_t)depth, groups);
         Py_END_ALLOW_THREADS
     }
     if (!made->table) {
@@ -427,8 +457,9 @@ static PyObject *powers(PyObject *self, PyObject *args)
     const Py_ssize_t width = t->modulus->width;
     PyObject *blocks, *result = NULL;
     Py_ssize_t exponent_width;
+    int masked;
     Py_buffer b[3] = {0};
-    if (!PyArg_ParseTuple(args, "y*nOw*", &b[0], &exponent_width, &blocks, &b[1]))
+    if (!PyArg_ParseTuple(args, "y*nOpw*", &b[0], &exponent_width, &blocks, &masked, &b[1]))
         goto done;
     if (!in_range(exponent_width, 1, MAX_EXPONENT_BYTES, "bytes of an exponent"))
         goto done;
@@ -452,7 +483,7 @@ static PyObject *powers(PyObject *self, PyObject *args)
     int status;
     Py_BEGIN_ALLOW_THREADS
     status = ifma_table_powers(t->table, exponents, (size_t)count, (size_t)exponent_width,
-                               b[2].buf, b[1].buf);
+                               b[2].buf, masked, b[1].buf);
     Py_END_ALLOW_THREADS
     result = none_or_error(status);
 done:
@@ -471,6 +502,7 @@ static PyMethodDef modulus_methods[] = {
     {"check", check, METH_VARARGS, NULL},
     {"logarithms", logarithms, METH_VARARGS, NULL},
     {"shared_base_powers", shared_base_powers, METH_VARARGS, NULL},
+    {"secret_powers", secret_powers, METH_VARARGS, NULL},
     {"weighted_products", weighted_products, METH_VARARGS, NULL},
     {"table", table, METH_VARARGS, NULL},
     {0},

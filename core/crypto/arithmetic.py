@@ -12,7 +12,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dtl.core.errors import FormatError, VerificationError
+from dtl.core.errors import FormatError
+
+MASKED_USES = 32
+"""Up to so many powers, a native fixed-base table reads all of its entries for every digit.
+
+That is the lattice cipher's key part. A vector of thousands of groups needs tables too large
+to be read whole."""
 
 Bytes = NDArray[np.uint8]
 """A batch of little-endian numbers, uint8 [..., width]."""
@@ -42,9 +48,16 @@ class FixedBaseTable(ABC):
     its own, at the price of depth - 1 squarings a power.
     """
 
-    def __init__(self, exponent_bits: int, uses: int, max_entries: int, squaring: float) -> None:
+    def __init__(
+        self,
+        exponent_bits: int,
+        uses: int,
+        max_entries: int,
+        squaring: float,
+        reading: float = 0.0,
+    ) -> None:
         self.exponent_bits = exponent_bits
-        self.rows, self.depth = best_comb(exponent_bits, uses, max_entries, squaring)
+        self.rows, self.depth = best_comb(exponent_bits, uses, max_entries, squaring, reading)
         self.columns = -(-exponent_bits // self.rows)
         self.blocks = -(-self.columns // self.depth)
 
@@ -57,10 +70,13 @@ class FixedBaseTable(ABC):
         """
 
 
-def best_comb(bits: int, uses: int, max_entries: int, squaring: float) -> tuple[int, int]:
+def best_comb(
+    bits: int, uses: int, max_entries: int, squaring: float, reading: float = 0.0
+) -> tuple[int, int]:
     """The (rows, depth) of the comb that is made and used in the least time.
 
-    `squaring` is the time of a squaring in products.
+    `squaring` is the time of a squaring in products; `reading` that of reading one entry, where
+    all entries of a block are read for each digit.
     """
     best, choice = math.inf, (1, bits)
     for rows in range(1, 17):
@@ -69,7 +85,8 @@ def best_comb(bits: int, uses: int, max_entries: int, squaring: float) -> tuple[
             entries = -(-columns // depth) << rows
             if rows > 1 and entries > max_entries:
                 continue
-            cost = entries + squaring * bits + uses * (columns - 1 + squaring * (depth - 1))
+            products = (columns - 1) * (1 + reading * (1 << rows)) + squaring * (depth - 1)
+            cost = entries + squaring * bits + uses * products
             if cost < best:
                 best, choice = cost, (rows, depth)
     return choice
@@ -78,7 +95,12 @@ def best_comb(bits: int, uses: int, max_entries: int, squaring: float) -> tuple[
 class Arithmetic(ABC):
     """Batch arithmetic modulo N^2, and on blocks modulo N.
 
-    `width` is the bytes of a residue (2|N|/8), `block_width` those of a block (|N|/8).
+    `width` is the bytes of a residue (2|N|/8), `block_width` those of a block (|N|/8). In a
+    batch of *groups* [..., K, width] the first of the K residues is a number modulo N.
+
+    Where `secret_bits` is not None, exponents are secret and below 2^secret_bits (ValueError
+    otherwise). The native back end then takes steps, and reads memory, in an order that depends
+    on that length only; gmpy2 does not.
     """
 
     def __init__(self, modulus: int) -> None:
@@ -97,6 +119,12 @@ class Arithmetic(ABC):
         if math.gcd(product, self.modulus) != 1:
             raise FormatError("a residue has a factor in common with the modulus")
 
+    def check_groups(self, groups: Bytes) -> None:
+        """As `check`, of groups [..., K, width]; the first of each must be below N."""
+        self.check(groups)
+        if any(number >= self.modulus for number in to_integers(groups[..., 0, :])):
+            raise FormatError("a residue is out of range")
+
     @abstractmethod
     def _product_in_range(self, residues: Bytes) -> int | None:
         """The product modulo N, up to a known unit; None if any is not in (0, N^2)."""
@@ -109,6 +137,23 @@ class Arithmetic(ABC):
     def inverse(self, batch: Bytes) -> Bytes:
         """Componentwise inverse: one inversion for the whole batch (Montgomery's trick)."""
 
+    def group_product(self, batches: Sequence[Bytes]) -> Bytes:
+        """Componentwise product of groups [..., K, width]."""
+        return self.reduce_groups(self.product(batches))
+
+    def group_inverse(self, batch: Bytes) -> Bytes:
+        """Componentwise inverse of groups [..., K, width]."""
+        return self.reduce_groups(self.inverse(batch))
+
+    def reduce_groups(self, batch: Bytes) -> Bytes:
+        """Residues [..., K, width] with the first of each K reduced modulo N."""
+        result = batch.copy()
+        reduced = from_integers(
+            (number % self.modulus for number in to_integers(batch[..., 0, :])), self.width
+        )
+        result[..., 0, :] = reduced.reshape(batch[..., 0, :].shape)
+        return result
+
     @abstractmethod
     def add_blocks(self, residues: Bytes, blocks: Bytes) -> Bytes:
         """Multiply each residue c by (1 + m N) for its block m in [0, N)."""
@@ -120,12 +165,19 @@ class Arithmetic(ABC):
         )
         return self.add_blocks(residues, negated.reshape(blocks.shape))
 
+    def lift(self, batch: Bytes) -> Bytes:
+        """c^N for each c of [..., width]: it depends on c modulo N only."""
+        flat = batch.reshape(-1, batch.shape[-1])
+        return self.powers(flat, self.modulus, secret_bits=None).reshape(batch.shape)
+
     @abstractmethod
-    def powers(self, bases: Bytes, exponent: int) -> Bytes:
+    def powers(self, bases: Bytes, exponent: int, *, secret_bits: int | None) -> Bytes:
         """Every base [n, width] to one exponent, which is not negative."""
 
     @abstractmethod
-    def shared_base_powers(self, bases: Bytes, exponents: Sequence[int]) -> Bytes:
+    def shared_base_powers(
+        self, bases: Bytes, exponents: Sequence[int], *, secret_bits: int | None
+    ) -> Bytes:
         """Raise every base to all exponents: [G, width] -> [G, len(exponents), width].
 
         The squarings of a base are shared between its exponents: Yao's method (SIAM J.
@@ -137,33 +189,35 @@ class Arithmetic(ABC):
     def weighted_products(self, batch: Bytes, weights: Bytes) -> Bytes:
         """prod over i of batch[i, k]^weights[i]: [G, K, width], [G, bytes] -> [K, width].
 
-        Pippenger's buckets: for every window of the weights' bits, each base goes into the
-        bucket of its digit, and running products raise bucket d to the d.
+        The weights are public. Pippenger's buckets: for every window of the weights' bits,
+        each base goes into the bucket of its digit, and running products raise bucket d to
+        the d.
         """
-
-    def logarithms(self, residues: Bytes) -> Bytes:
-        """L(u) of residues that must be 1 or -1 modulo N: [..., width] -> [..., block_width].
-
-        Of u = -1 (mod N) the negative is taken (protocol, section 4). Anything else means a
-        wrong key or a damaged file: VerificationError.
-        """
-        blocks = self._logarithms(residues)
-        if blocks is None:
-            raise VerificationError(
-                "a block does not open",
-                "the key does not belong to this ciphertext, or the ciphertext was damaged",
-            )
-        return blocks
 
     @abstractmethod
-    def _logarithms(self, residues: Bytes) -> Bytes | None:
-        """As `logarithms`, but None where one does not open."""
+    def logarithms(self, residues: Bytes) -> tuple[Bytes, NDArray[np.bool_]]:
+        """L(u) of each u of [..., width] that is 1 or -1 modulo N, and which are [...].
+
+        Of u = -1 (mod N) the negative is taken (protocol, section 4). Where u is neither, the
+        block is zero. All are computed, whatever the first ones are.
+        """
 
     @abstractmethod
     def fixed_base_table(
-        self, bases: Sequence[int], exponent_bits: int, uses: int
+        self, bases: Sequence[int], exponent_bits: int, uses: int, *, groups: bool = False
     ) -> FixedBaseTable:
-        """A table for `uses` powers of each base; it sizes itself by them."""
+        """A table for `uses` powers of each base; it sizes itself by them.
+
+        The exponents are secret; the native back end protects them as said above where `uses`
+        is at most MASKED_USES. With `groups` the powers of all bases to one exponent are a
+        group: those of the first base are numbers modulo N.
+        """
+
+
+def check_length(exponents: Sequence[int], secret_bits: int | None) -> None:
+    """Raise ValueError for an exponent of more than `secret_bits` bits, where that is given."""
+    if secret_bits is not None and any(exponent >> secret_bits for exponent in exponents):
+        raise ValueError(f"a secret exponent has more than {secret_bits} bits")
 
 
 def best_window(count: int, bits: int) -> int:

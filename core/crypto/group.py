@@ -1,14 +1,16 @@
 """The double-trapdoor group: parameters, public key, and the two trapdoors.
 
 G is the group of squares among the N-th residues modulo N^2, for N = pq with safe primes.
-Its order p'q' is known to the key generation center only. Source: PROTOCOL.md,
-sections 2 and 3; Bresson-Catalano-Pointcheval (Asiacrypt 2003), DT-PKC (IEEE TIFS 2016).
+Its order p'q' is known to the key generation center only. An element of G is the lift c^N of
+a square c modulo N, and depends on c modulo N only. Source: PROTOCOL.md, sections 2 and 3;
+Damgard-Jurik (ACISP 2003), Bresson-Catalano-Pointcheval (Asiacrypt 2003), DT-PKC (IEEE TIFS
+2016).
 """
 
 import hashlib
 import math
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -39,6 +41,16 @@ def exponent_bits(modulus_bits: int) -> int:
     return known[1] if known else _INSECURE_EXPONENT_BITS
 
 
+def half_bits(modulus_bits: int) -> int:
+    """Bits of an exponent of a half: twice a number of ell bits."""
+    return exponent_bits(modulus_bits) + 1
+
+
+def sum_bits(modulus_bits: int) -> int:
+    """Bits of a sum of two such exponents, a_j + b_j."""
+    return half_bits(modulus_bits) + 1
+
+
 def check_modulus_bits(modulus_bits: int, insecure: bool) -> None:
     """Raise UsageError for a size that is not allowed."""
     if modulus_bits in SECURE_SIZES:
@@ -56,26 +68,32 @@ def check_modulus_bits(modulus_bits: int, insecure: bool) -> None:
 
 @dataclass(frozen=True)
 class PublicKey:
-    """N, the generator g, and h_j = g^(a_j + b_j) for j = 1..7.
+    """N, the generator gamma modulo N, and for j = 1..7 h_j = g^(a_j + b_j), A_j = g^(a_j).
 
-    Raises FormatError when a value cannot belong to a key.
+    g = gamma^N mod N^2 is the generator modulo N^2; `server` holds the A_j, by which a release
+    is checked. Raises FormatError when a value cannot belong to a key.
     """
 
     n: int
-    g: int
+    gamma: int
     h: tuple[int, ...]
+    server: tuple[int, ...]
 
     def __post_init__(self) -> None:
         bits = self.n.bit_length()
         if not self.n % 2 or bits < MIN_INSECURE_BITS or bits % _SIZE_STEP:
             raise FormatError(f"public key: a modulus of {bits} bits cannot be one of ours")
-        if len(self.h) != COMPONENTS:
-            raise FormatError(f"public key: expected {COMPONENTS} components, found {len(self.h)}")
-        for value in (self.g, *self.h):
-            if not 1 < value < self.n**2 or math.gcd(value, self.n) != 1:
+        for values in (self.h, self.server):
+            if len(values) != COMPONENTS:
+                raise FormatError(
+                    f"public key: expected {COMPONENTS} components, found {len(values)}"
+                )
+        limits = [(self.gamma, self.n), *((value, self.n**2) for value in self.h + self.server)]
+        for value, limit in limits:
+            if not 1 < value < limit or math.gcd(value, self.n) != 1:
                 raise FormatError("public key: a value is out of range")
-        if math.gcd(self.g - 1, self.n) != 1:  # else the order of g is not p'q'
-            raise FormatError("public key: g is not a generator")
+        if math.gcd(self.gamma - 1, self.n) != 1:  # else its order is not p'q'
+            raise FormatError("public key: gamma is not a generator")
 
     @property
     def modulus_bits(self) -> int:
@@ -88,13 +106,18 @@ class PublicKey:
         return exponent_bits(self.modulus_bits)
 
     @cached_property
+    def g(self) -> int:
+        """The generator modulo N^2: the lift of gamma."""
+        return residues.power(self.gamma, self.n, self.n**2)
+
+    @cached_property
     def arithmetic(self) -> residues.Arithmetic:
         """Batch arithmetic modulo N^2."""
         return residues.arithmetic(self.n)
 
     def __getstate__(self) -> dict[str, object]:
         # What is derived is not sent to worker processes.
-        return {"n": self.n, "g": self.g, "h": self.h}
+        return {"n": self.n, "gamma": self.gamma, "h": self.h, "server": self.server}
 
 
 @dataclass(frozen=True)
@@ -126,30 +149,49 @@ def choose_trapdoor(primes: Iterable[int]) -> StrongTrapdoor:
 def generate_public_key(
     trapdoor: StrongTrapdoor, server_half: tuple[int, ...], participant_half: tuple[int, ...]
 ) -> PublicKey:
-    """Choose g = x^(2N) mod N^2 and compute h_j = g^(a_j + b_j) (protocol, sections 2 and 3)."""
+    """Choose gamma = x^2 mod N; compute h_j = g^(a_j + b_j) and A_j = g^(a_j).
+
+    Source: protocol, sections 2 and 3.
+    """
     n = trapdoor.n
     while True:
         x = 1 + secrets.randbelow(n - 1)
-        if math.gcd(x, n) != 1:
-            continue
-        g = residues.power(x, 2 * n, n * n)
-        if math.gcd(g - 1, n) == 1:
+        gamma = x * x % n
+        if math.gcd(x, n) == 1 and math.gcd(gamma - 1, n) == 1:
             break
-    return PublicKey(n, g, _components(n, g, server_half, participant_half))
+    g = residues.power(gamma, n, n * n)
+    sums = [a + b for a, b in zip(server_half, participant_half, strict=True)]
+    bits = sum_bits(n.bit_length())
+    powers = _powers(residues.arithmetic(n), g, [*sums, *server_half], bits)
+    return PublicKey(n, gamma, powers[:COMPONENTS], powers[COMPONENTS:])
+
+
+def has_server_half(key: PublicKey, half: tuple[int, ...]) -> bool:
+    """Whether A_j = g^(a_j) for every j."""
+    return key.server == _powers(key.arithmetic, key.g, half, half_bits(key.modulus_bits))
+
+
+def has_participant_half(key: PublicKey, half: tuple[int, ...]) -> bool:
+    """Whether h_j = A_j g^(b_j) for every j."""
+    powers = _powers(key.arithmetic, key.g, half, half_bits(key.modulus_bits))
+    pairs = zip(key.server, powers, strict=True)
+    return key.h == tuple(a * power % key.n**2 for a, power in pairs)
 
 
 def has_halves(
     key: PublicKey, server_half: tuple[int, ...], participant_half: tuple[int, ...]
 ) -> bool:
-    """Whether h_j = g^(a_j + b_j) for every j: both halves are those of this key."""
-    return key.h == _components(key.n, key.g, server_half, participant_half)
+    """Whether both halves are those of this key."""
+    return has_server_half(key, server_half) and has_participant_half(key, participant_half)
 
 
-def _components(
-    n: int, g: int, server_half: tuple[int, ...], participant_half: tuple[int, ...]
+def _powers(
+    arithmetic: residues.Arithmetic, base: int, exponents: Sequence[int], secret_bits: int
 ) -> tuple[int, ...]:
-    halves = zip(server_half, participant_half, strict=True)
-    return tuple(residues.power(g, a + b, n * n) for a, b in halves)
+    """One base to several secret exponents, modulo N^2."""
+    bases = residues.from_integers([base], arithmetic.width)
+    powers = arithmetic.shared_base_powers(bases, exponents, secret_bits=secret_bits)
+    return tuple(residues.to_integers(powers))
 
 
 def expand_half(seed: bytes, label: str, job_id: bytes, bits: int) -> tuple[int, ...]:

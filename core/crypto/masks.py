@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dtl.core.crypto.primitives import KEY_BYTES, derive, fields, keystream, u32
+from dtl.core.crypto.primitives import KEY_BYTES, derive, fields, keystream, tag, u32
 from dtl.core.crypto.residues import Bytes, from_integers, to_integers
 
 EXTRA_BYTES = 16
@@ -38,6 +38,24 @@ def round_key(
     """k_ij: bound to the job, the round, the base, what was opened as the base, the roster."""
     info = fields("dtl/v2/mask", job, u32(number), base, opened, roster)
     return derive(seed, info, KEY_BYTES)
+
+
+def body_key(key: bytes) -> bytes:
+    """The key k' of the masks of the lattice body, derived from the round key k of a pair."""
+    return derive(key, fields("dtl/v2/body-mask"), KEY_BYTES)
+
+
+def audit_seed(root: bytes, job_id: bytes, name: str) -> bytes:
+    """The seed with which a participant tags what it opened; the center derives it again."""
+    return derive(root, fields("dtl/v2/audit-seed", job_id, name), KEY_BYTES)
+
+
+def opened_tag(seed: bytes, number: int, base: bytes, opened: bytes) -> bytes:
+    """The 16-byte tag of an upload of round `number`: what its sender opened as the base.
+
+    `seed` is that of `audit_seed`. Only the center can recompute it (PROTOCOL.md, section 7).
+    """
+    return tag(seed, fields("dtl/v2/opened", u32(number), base, opened))
 
 
 def sign_of(own: str, other: str) -> int:

@@ -9,9 +9,17 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dtl.core.crypto import arithmetic, portable
-from dtl.core.crypto.arithmetic import Bytes, best_window, from_integers, to_integers
+from dtl.core.crypto.arithmetic import (
+    MASKED_USES,
+    Bytes,
+    best_window,
+    check_length,
+    from_integers,
+    to_integers,
+)
 
 try:
     from dtl.core.crypto import _kernel
@@ -25,6 +33,7 @@ MAX_TABLE_BYTES = 192 << 20
 
 _LANES = 8
 _SQUARING = 0.7  # its time in products
+_READING = 0.01  # the time of reading a table entry under a mask
 
 
 def unavailable() -> str | None:
@@ -76,11 +85,18 @@ class Arithmetic(arithmetic.Arithmetic):
 
     def product(self, batches: Sequence[Bytes]) -> Bytes:
         """All operands of eight products at a time, in the kernel's own form."""
+        return self._multiply(batches, 0)
+
+    def group_product(self, batches: Sequence[Bytes]) -> Bytes:
+        """As `product`; the first of each group is written modulo N."""
+        return self._multiply(batches, batches[0].shape[-2])
+
+    def _multiply(self, batches: Sequence[Bytes], columns: int) -> Bytes:
         out = np.empty(batches[0].shape, np.uint8)
         if any(batch.shape != out.shape for batch in batches):
             raise ValueError("batches of one shape are multiplied")
         operands = tuple(self._residues(batch) for batch in batches)
-        self._kernel.product(operands, self._product_scale(len(operands)), out)
+        self._kernel.product(operands, columns, self._product_scale(len(operands)), out)
         return out
 
     @cache  # noqa: B019  (an instance lives as long as its job)
@@ -110,14 +126,26 @@ class Arithmetic(arithmetic.Arithmetic):
         )
         return out
 
-    def powers(self, bases: Bytes, exponent: int) -> Bytes:
+    def powers(self, bases: Bytes, exponent: int, *, secret_bits: int | None) -> Bytes:
         """The powers of eight bases at a time."""
-        return self.shared_base_powers(bases, [exponent]).reshape(bases.shape)
+        powers = self.shared_base_powers(bases, [exponent], secret_bits=secret_bits)
+        return powers.reshape(bases.shape)
 
-    def shared_base_powers(self, bases: Bytes, exponents: Sequence[int]) -> Bytes:
-        """Yao's method with sliding windows, eight bases at a time."""
+    def shared_base_powers(
+        self, bases: Bytes, exponents: Sequence[int], *, secret_bits: int | None
+    ) -> Bytes:
+        """Yao's method, eight bases at a time.
+
+        Public exponents have sliding windows; secret ones have digits at fixed places, and every
+        bucket is read and written for every digit.
+        """
+        check_length(exponents, secret_bits)
         out = np.empty((len(bases), len(exponents), self.width), np.uint8)
-        if out.size:
+        if out.size and secret_bits:
+            width = -(-secret_bits // 8)
+            packed = from_integers(exponents, width)
+            self._kernel.secret_powers(self._residues(bases), packed, width, secret_bits, out)
+        elif out.size:
             width = -(-max(exponent.bit_length() for exponent in exponents) // 8) or 1
             packed = from_integers(exponents, width)
             self._kernel.shared_base_powers(self._residues(bases), packed, width, out)
@@ -137,17 +165,20 @@ class Arithmetic(arithmetic.Arithmetic):
         )
         return out
 
-    def _logarithms(self, residues: Bytes) -> Bytes | None:
-        out = np.empty((*residues.shape[:-1], self.block_width), np.uint8)
-        return out if self._kernel.logarithms(self._residues(residues), out) else None
+    def logarithms(self, residues: Bytes) -> tuple[Bytes, NDArray[np.bool_]]:
+        """Eight at a time, all of them."""
+        shape = residues.shape[:-1]
+        out, good = np.empty((*shape, self.block_width), np.uint8), np.empty(shape, np.bool_)
+        self._kernel.logarithms(self._residues(residues), out, good.view(np.uint8))
+        return out, good
 
     def fixed_base_table(
-        self, bases: Sequence[int], exponent_bits: int, uses: int
+        self, bases: Sequence[int], exponent_bits: int, uses: int, *, groups: bool = False
     ) -> "FixedBaseTable":
         """A table of up to eight bases, within MAX_TABLE_BYTES."""
-        entry = self._kernel.element_bytes()
-        return FixedBaseTable(self._kernel, from_integers(bases, self.width), exponent_bits,
-            uses, MAX_TABLE_BYTES // entry)  # fmt: skip
+        entries = MAX_TABLE_BYTES // self._kernel.element_bytes()
+        packed = from_integers(bases, self.width)
+        return FixedBaseTable(self._kernel, packed, exponent_bits, uses, entries, groups)
 
 
 class FixedBaseTable(arithmetic.FixedBaseTable):
@@ -164,10 +195,13 @@ class FixedBaseTable(arithmetic.FixedBaseTable):
         exponent_bits: int,
         uses: int,
         max_entries: int,
+        groups: bool,
     ) -> None:
-        super().__init__(exponent_bits, uses, max_entries, _SQUARING)
+        self._masked = uses <= MASKED_USES
+        reading = _READING if self._masked else 0.0
+        super().__init__(exponent_bits, uses, max_entries, _SQUARING, reading)
         self._shape = bases.shape
-        self._table = modulus.table(bases, self.rows, self.columns, self.depth)
+        self._table = modulus.table(bases, self.rows, self.columns, self.depth, groups)
         self._empty = list(range(self.blocks))
         self._unfilled = self.blocks
         self._changed = threading.Condition()
@@ -178,7 +212,8 @@ class FixedBaseTable(arithmetic.FixedBaseTable):
         out = np.empty((len(exponents), *self._shape), np.uint8)
         if blocks is not None:
             blocks = np.ascontiguousarray(blocks)
-        self._table.powers(np.ascontiguousarray(exponents), exponents.shape[-1], blocks, out)
+        packed, width = np.ascontiguousarray(exponents), exponents.shape[-1]
+        self._table.powers(packed, width, blocks, self._masked, out)
         return out
 
     def _fill(self) -> None:

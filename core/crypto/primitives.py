@@ -54,6 +54,11 @@ def u32(value: int) -> bytes:
     return struct.pack("<I", value)
 
 
+def u64(value: int) -> bytes:
+    """Encode an integer as 8 little-endian bytes."""
+    return struct.pack("<Q", value)
+
+
 def fields(label: str, *items: bytes | str | None) -> bytes:
     """Encode a label and items unambiguously, each behind its length as u32 little-endian.
 
@@ -156,6 +161,14 @@ def hpke_unwrap(secret: bytes, wrapped: bytes, info: bytes) -> bytes:
         return _SUITE.decrypt(wrapped, MLKEM768X25519PrivateKey(*_hpke_private(secret)), info)
     except (InvalidTag, ValueError):
         raise VerificationError("the wrapped content key does not open with this key") from None
+
+
+# --- authentication tags -----------------------------------------------------------------
+
+
+def tag(key: bytes, message: bytes) -> bytes:
+    """The first 16 bytes of HMAC-SHA512."""
+    return hmac.digest(key, message, "sha512")[:TAG_BYTES]
 
 
 # --- keystream ---------------------------------------------------------------------------

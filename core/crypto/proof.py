@@ -3,22 +3,21 @@
 For groups i = 1..T with blocks m_{j,i} and randomness r_i, the prover shows that it knows
 them all, in one Schnorr-like proof over a random combination with 128-bit weights rho_i:
 
-    g^z             = +- d_0 prod c_{0,i}^rho_i
+    gamma^z           = +- d_0 prod c_{0,i}^rho_i          modulo N
     h_j^z (1 + v_j N) = +- d_j prod c_{j,i}^rho_i          j = 1..7, modulo N^2.
 
-It rules out an N-part in c_0 (which would make a release reveal the server's half), copied
-or powered uploads, and residues that open to nothing. It does not prove ranges. The sign is
-part of the statement. Source: PROTOCOL.md, section 6; small-exponent batching of
-Bellare-Garay-Rabin (Eurocrypt '98), Fiat-Shamir made non-interactive.
+It rules out copied or powered uploads, and residues that open to nothing. It does not prove
+ranges. The sign is part of the statement. Source: PROTOCOL.md, section 6; small-exponent
+batching of Bellare-Garay-Rabin (Eurocrypt '98), Fiat-Shamir made non-interactive.
 """
 
 import hashlib
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from dtl.core.crypto import scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.primitives import fields, hash_fields, u32
 from dtl.core.crypto.residues import Bytes, from_integers, to_integers
@@ -27,6 +26,7 @@ from dtl.core.errors import FormatError, VerificationError
 WEIGHT_BYTES = 16
 _WEIGHT_BITS = 8 * WEIGHT_BYTES
 _HIDING_BITS = 128  # kappa
+_EXTRA_BYTES = 16  # so that s modulo N is uniform up to 2^-128
 
 
 @dataclass(frozen=True)
@@ -85,22 +85,42 @@ def decode(key: PublicKey, groups: int, data: bytes) -> Proof:
     return Proof(tuple(to_integers(d)), z, tuple(to_integers(v)))
 
 
-def commit(key: PublicKey, groups: int) -> tuple[Witness, tuple[int, ...]]:
-    """A fresh witness, and its commitments d_0 = g^w, d_j = h_j^w (1 + s_j N)."""
-    witness = Witness(
-        secrets.randbits(witness_bits(key, groups)),
-        tuple(secrets.randbelow(key.n) for _ in range(COMPONENTS)),
+def _witness_width(key: PublicKey, groups: int) -> int:
+    return -(-witness_bits(key, groups) // 8)
+
+
+def witness_bytes(key: PublicKey, groups: int) -> int:
+    """Bytes of keystream that a witness is made of: w, then s_1..s_7 with 16 more each."""
+    return _witness_width(key, groups) + COMPONENTS * (key.arithmetic.block_width + _EXTRA_BYTES)
+
+
+def commit(key: PublicKey, groups: int, stream: bytes) -> tuple[Witness, tuple[int, ...]]:
+    """The witness that `stream` makes, and its commitments d_0..d_7.
+
+    d_0 = gamma^w modulo N, d_j = h_j^w (1 + s_j N) modulo N^2. `stream` is `witness_bytes` of a
+    keystream that is used for nothing else; ValueError for another length.
+    """
+    if len(stream) != witness_bytes(key, groups):
+        raise ValueError("a witness takes another number of bytes")
+    width, step = _witness_width(key, groups), key.arithmetic.block_width + _EXTRA_BYTES
+    w = int.from_bytes(stream[:width], "little") & ((1 << witness_bits(key, groups)) - 1)
+    s = tuple(
+        int.from_bytes(stream[start : start + step], "little") % key.n
+        for start in range(width, len(stream), step)
     )
-    d = _key_powers(key, witness.w, (0, *witness.s))
-    return witness, tuple(to_integers(d))
+    powers = _key_powers(key, w, s, witness_bits(key, groups))
+    return Witness(w, s), tuple(to_integers(powers))
 
 
-def _key_powers(key: PublicKey, exponent: int, blocks: Sequence[int]) -> Bytes:
-    """g^e (1 + m_0 N), h_1^e (1 + m_1 N), ..., [8, width]."""
+def _key_powers(
+    key: PublicKey, exponent: int, blocks: Sequence[int], secret_bits: int | None
+) -> Bytes:
+    """gamma^e modulo N, h_1^e (1 + m_1 N), ..., h_7^e (1 + m_7 N): a group, [8, width]."""
     arithmetic = key.arithmetic
-    bases = from_integers((key.g, *key.h), arithmetic.width)
-    powers = arithmetic.powers(bases, exponent)
-    return arithmetic.add_blocks(powers, from_integers(blocks, arithmetic.block_width))
+    bases = from_integers((key.gamma, *key.h), arithmetic.width)
+    powers = arithmetic.powers(bases, exponent, secret_bits=secret_bits)
+    encoded = from_integers((0, *blocks), arithmetic.block_width)
+    return arithmetic.reduce_groups(arithmetic.add_blocks(powers, encoded))
 
 
 def weights(
@@ -108,12 +128,14 @@ def weights(
     header: bytes,
     signing_key: bytes,
     groups: int,
-    residues_hash: bytes,
+    residues_digest: bytes,
+    body_digest: bytes | None,
     d: tuple[int, ...],
 ) -> Bytes:
     """rho_1..rho_T, uint8 [T, 16], from everything that the statement names.
 
-    The header names job, round, base, roster, participant and layout.
+    The header names job, round, base, roster, participant and layout; the digests are those of
+    the tensors `residues` and `body`, None where there is no body.
     """
     width = key.arithmetic.width
     state = hash_fields(
@@ -121,7 +143,8 @@ def weights(
         header,
         signing_key,
         u32(groups),
-        residues_hash,
+        residues_digest,
+        body_digest,
         *(value.to_bytes(width, "little") for value in d),
     )
     stream = hashlib.shake_256(fields("dtl/v2/upload-rho", state)).digest(groups * WEIGHT_BYTES)
@@ -152,7 +175,7 @@ class Responder:
 def check_ranges(key: PublicKey, groups: int, proof: Proof) -> None:
     """Raise VerificationError for commitments or responses out of range."""
     try:
-        key.arithmetic.check(from_integers(proof.d, key.arithmetic.width))
+        scheme.check(key, from_integers(proof.d, key.arithmetic.width))
     except FormatError as error:
         raise VerificationError(f"the proof does not hold: {error.message}") from None
     if proof.z >> (witness_bits(key, groups) + 1) or max(proof.v) >= key.n:
@@ -162,14 +185,14 @@ def check_ranges(key: PublicKey, groups: int, proof: Proof) -> None:
 def verify(key: PublicKey, proof: Proof, products: list[int]) -> None:
     """Raise VerificationError unless the equations hold.
 
-    `products` are prod c_{j,i}^rho_i for j = 0..7 (see `Arithmetic.weighted_products`); the
-    ranges must have been checked before.
+    `products` are prod c_{j,i}^rho_i for j = 0..7 (see `Arithmetic.weighted_products`); of
+    the first only the value modulo N counts. The ranges must have been checked before.
     """
-    n2 = key.n**2
-    powers = to_integers(_key_powers(key, proof.z, (0, *proof.v)))
-    for left, d, product in zip(powers, proof.d, products, strict=True):
-        right = d * product % n2
-        if left not in (right, n2 - right):
+    moduli = (key.n, *[key.n**2] * COMPONENTS)
+    powers = to_integers(_key_powers(key, proof.z, proof.v, None))
+    for left, d, product, modulus in zip(powers, proof.d, products, moduli, strict=True):
+        right = d * product % modulus
+        if left not in (right, modulus - right):
             raise VerificationError(
                 "the proof of the upload does not hold",
                 "its sender does not know what it encrypts, or it is not well-formed",

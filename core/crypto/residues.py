@@ -1,10 +1,9 @@
 """The one door to batch arithmetic: everything above comes through here.
 
 Two back ends compute the same bytes: `native`, eight numbers at a time with AVX-512 IFMA,
-and `gmpy2`, which runs anywhere. The environment variable DTL_KERNEL forces one of them.
+and `gmpy2`, which runs anywhere. The environment variable DTL_KERNEL forces one of them
+(see `kernels`); `portable` means gmpy2 here.
 """
-
-import os
 
 from dtl.core.crypto import native, portable
 from dtl.core.crypto.arithmetic import (
@@ -14,6 +13,7 @@ from dtl.core.crypto.arithmetic import (
     from_integers,
     to_integers,
 )
+from dtl.core.crypto.kernels import GMPY2, KERNEL_VARIABLE, NATIVE, wanted
 from dtl.core.crypto.portable import LIBRARY, PaillierArithmetic, is_prime, power, remainders
 from dtl.core.errors import UsageError
 
@@ -35,29 +35,23 @@ __all__ = [
     "why_not_native",
 ]
 
-KERNEL_VARIABLE = "DTL_KERNEL"
-NATIVE, GMPY2 = "native", "gmpy2"
-
 
 def kernel_name() -> str:
     """The back end in use: "native" or "gmpy2".
 
     Raises UsageError when DTL_KERNEL names another, or asks for native where it cannot run.
     """
-    wanted = os.environ.get(KERNEL_VARIABLE, "")
-    reason = native.unavailable()
-    if wanted not in ("", NATIVE, GMPY2):
-        raise UsageError(f"{KERNEL_VARIABLE}: expected {NATIVE} or {GMPY2}, found {wanted}")
-    if wanted == NATIVE and reason:
+    name, reason = wanted(), native.unavailable()
+    if name == NATIVE and reason:
         raise UsageError(f"{KERNEL_VARIABLE}={NATIVE}: {reason}")
-    return wanted or (GMPY2 if reason else NATIVE)
+    return NATIVE if name in ("", NATIVE) and not reason else GMPY2
 
 
 def why_not_native() -> str | None:
     """Why the native kernel is not in use; None when it is."""
     if kernel_name() == NATIVE:
         return None
-    return native.unavailable() or f"{KERNEL_VARIABLE}={GMPY2}"
+    return native.unavailable() or f"{KERNEL_VARIABLE}={wanted()}"
 
 
 def arithmetic(modulus: int) -> Arithmetic:

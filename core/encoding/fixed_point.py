@@ -13,11 +13,11 @@ from dtl.core.errors import NumericError, UsageError
 MAX_SLOT_BITS = 52  # so that every clamped integer is exact in float64
 
 Reals = NDArray[np.float64]
+Values = NDArray[np.float32] | NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 _FAR = 2.0**60  # beyond every max_step, and finite
-_NOISE_BYTES = 8
-_NOISE_BITS = 53  # the precision of float64
+_NOISE_BYTES = 4
 
 
 class Rounding(Protocol):
@@ -37,8 +37,8 @@ def nearest(values: Reals, start: int) -> Reals:
 class Stochastic:
     """Round up with the probability of the fraction: unbiased, so small gradients survive.
 
-    The uniform number of value i is bytes [8i, 8i + 8) of a ChaCha20 keystream, so the
-    result does not depend on how the vector is cut into chunks.
+    Value i takes bytes [4i, 4i + 4) of a ChaCha20 keystream as a number u32, and is rounded up
+    if u32 < fraction 2^32; so the result does not depend on how the vector is cut into chunks.
     """
 
     seed: bytes
@@ -52,9 +52,8 @@ class Stochastic:
     def __call__(self, values: Reals, start: int) -> Reals:
         """Return floor(x) or floor(x) + 1."""
         stream = keystream(self.seed, _NOISE_BYTES * start, _NOISE_BYTES * values.size)
-        uniform = np.frombuffer(stream, "<u8") >> np.uint64(64 - _NOISE_BITS)
         low = np.floor(values)
-        return low + (uniform * 2.0**-_NOISE_BITS < values - low)
+        return low + (np.frombuffer(stream, "<u4") < (values - low) * 2.0**32)
 
 
 @dataclass(frozen=True)
@@ -107,23 +106,23 @@ class FixedPoint:
         return 2.0**self.fraction_bits
 
     def encode_step(
-        self, values: Reals, scale: float, rounding: Rounding, start: int
+        self, values: Values, scale: float, rounding: Rounding, start: int
     ) -> tuple[Integers, int]:
         """Encode finite values x scale of a contribution; returns (integers, how many clamped).
 
         The integer, not the real, is clamped to |e| <= max_step.
         """
         with np.errstate(over="ignore"):
-            scaled = np.clip(values * scale * self.one, -_FAR, _FAR)
+            scaled = np.clip(values.astype(np.float64, copy=False) * scale * self.one, -_FAR, _FAR)
         rounded = rounding(scaled, start)
         clamped = int(np.count_nonzero(np.abs(rounded) > self.max_step))
         return np.clip(rounded, -self.max_step, self.max_step).astype(np.int64), clamped
 
-    def encode_weights(self, values: Reals) -> Integers:
+    def encode_weights(self, values: Values) -> Integers:
         """Encode initial weights with nearest rounding; NumericError beyond max_value."""
         with np.errstate(over="ignore"):
-            rounded = np.rint(values * self.one)
-        if (np.abs(rounded) > self.max_value).any():
+            rounded = np.rint(values.astype(np.float64, copy=False) * self.one)
+        if not (np.abs(rounded) <= self.max_value).all():  # nor for what is no number
             raise headroom_exhausted(self, "the initial weights")
         return rounded.astype(np.int64)
 

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dtl.core.encoding.fixed_point import Integers
-from dtl.core.errors import UsageError, VerificationError
+from dtl.core.errors import UsageError
 
 Blocks = NDArray[np.uint8]
 
@@ -61,18 +61,20 @@ class Packing:
         packed[:, : data.shape[1]] = data
         return self._each(packed, lambda value: (value - self._bias) % self.modulus)
 
-    def unpack(self, packed: Blocks, values: int) -> Integers:
-        """Cut blocks into slots and return the first `values` of them.
+    def unpack(self, packed: Blocks, values: int) -> tuple[Integers, NDArray[np.bool_]]:
+        """Cut blocks into slots; returns the first `values` of them, and which blocks fit [n].
 
-        Raises VerificationError for a block out of range or padding that is not zero.
+        A block does not fit when it is out of range, or when a slot beyond `values` is not
+        zero. Whatever the blocks hold, all of them are cut: nothing is said before the end.
         """
         limit = 1 << (self.slot_bits * self.slots)
+        fits = np.ones(len(packed), np.bool_)
+        numbers = iter(range(len(packed)))
 
         def shifted(value: int) -> int:
             biased = (value + self._bias) % self.modulus
-            if biased >= limit:
-                raise VerificationError("a block is out of range")
-            return biased
+            fits[next(numbers)] = biased < limit
+            return biased % limit
 
         data = self._each(packed, shifted)
         words = np.zeros((len(packed) * self.slots, 8), np.uint8)
@@ -84,9 +86,9 @@ class Packing:
             bytes_of = data[:, : used // 8].reshape(-1, self.slot_bits // 8)
         words[:, : bytes_of.shape[1]] = bytes_of
         integers = words.view("<i8").ravel() - (1 << (self.slot_bits - 1))
-        if integers[values:].any():
-            raise VerificationError("the padding is not zero")
-        return integers[:values]
+        padding = np.zeros(integers.size, np.bool_)
+        padding[values:] = integers[values:] != 0
+        return integers[:values], fits & ~padding.reshape(len(packed), -1).any(axis=1)
 
     def _each(self, blocks: Blocks, function: Callable[[int], int]) -> Blocks:
         """Apply a function of one number to every block."""

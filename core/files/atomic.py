@@ -391,6 +391,17 @@ def open_regular(path: Path) -> int:
         return descriptor
 
 
+def pread_up_to(descriptor: int, length: int, start: int) -> bytes:
+    """Read `length` bytes from `start` on; fewer only where the file ends before."""
+    data = os.pread(descriptor, length, start)
+    if len(data) == length:
+        return data
+    parts = [data]
+    while parts[-1] and (left := length - sum(map(len, parts))):
+        parts.append(os.pread(descriptor, left, start + length - left))
+    return b"".join(parts)
+
+
 def read_start(path: Path, length: int) -> bytes:
     """Up to `length` bytes from the start of a regular file."""
     with machine_errors(path), os.fdopen(open_regular(path), "rb") as file:

@@ -13,7 +13,16 @@ from dtl.core.errors import FormatError, UsageError
 from dtl.core.files import canonical_json
 from dtl.core.files.container import Container
 from dtl.core.files.safetensors import MAX_DIMENSIONS, MAX_TENSORS
-from dtl.core.files.schema import Base64, Digest, Document, Items, Name, Round, Timestamp
+from dtl.core.files.schema import (
+    Base64,
+    Digest,
+    Document,
+    Items,
+    Name,
+    Round,
+    Tag,
+    Timestamp,
+)
 
 MAX_VALUES = 1 << 48
 Values = Annotated[int, Field(ge=1, lt=MAX_VALUES)]
@@ -106,6 +115,13 @@ class UploadHeader(VectorHeader):
     base: Digest | None
     roster: Digest
     masked: bool
+    opened_tag: Tag | None
+
+    @model_validator(mode="after")
+    def _tagged(self) -> Self:
+        if (self.opened_tag is None) != (self.base is None):
+            raise ValueError("an upload has a tag if, and only if, it names a base")
+        return self
 
 
 class Contribution(Document):
@@ -143,6 +159,11 @@ class ResultHeader(VectorHeader):
         return tuple(item.participant for item in self.contributors)
 
     @property
+    def uploads(self) -> int:
+        """U: how many uploads are in this result (of a model, over all its rounds)."""
+        return sum(self.contributions.values())
+
+    @property
     def base(self) -> str | None:
         """What the uploads of this round were based on."""
         return self.parent if self.parent is not None else self.initial
@@ -160,13 +181,17 @@ class Grant(Document):
 
 
 class ReleaseHeader(Header):
-    """A release: a half-opened result, sealed for those to whom it is granted."""
+    """A release: the whole result, and the sealed part that lets the granted open it.
+
+    `manifest` and `result_signature` are the result's own header and signature.
+    """
 
     kind: Literal["release"]
     signer: Literal["server"]
     round: Round
     of: Digest
     manifest: ResultHeader
+    result_signature: Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
     grants: Items[Grant]
     admitted: Items[Name]
     commit: Annotated[Base64, Field(min_length=32, max_length=32)]

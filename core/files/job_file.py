@@ -9,10 +9,10 @@ from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import Field, model_validator
 
+from dtl.core.ciphers import Cipher, make_cipher
 from dtl.core.crypto import primitives
 from dtl.core.crypto.group import COMPONENTS, PublicKey, security_of
 from dtl.core.encoding.fixed_point import FixedPoint
-from dtl.core.encoding.packing import Packing
 from dtl.core.errors import FormatError, UsageError
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import read_file
@@ -30,6 +30,7 @@ from dtl.core.files.schema import (
 
 logger = logging.getLogger("dtl")
 
+BODY, RESIDUES = "body", "residues"
 SERVER: Final = "server"
 KGC: Final = "kgc"
 MAX_DOCUMENT_BYTES = 16 << 20
@@ -62,9 +63,11 @@ class Job(Document):
     format: Literal["dtl/v2"]
     id: Identifier
     security: str
+    cipher: Literal["lattice", "direct"]
     N: BigInteger
-    g: BigInteger
+    gamma: BigInteger
     h: Annotated[Items[BigInteger], Field(min_length=COMPONENTS, max_length=COMPONENTS)]
+    A: Annotated[Items[BigInteger], Field(min_length=COMPONENTS, max_length=COMPONENTS)]
     slot_bits: int
     fraction_bits: int
     min_contributors: Annotated[int, Field(ge=2)]
@@ -85,7 +88,7 @@ class Job(Document):
         try:
             bits = self.public_key.modulus_bits
             self.fixed_point  # noqa: B018  (both raise for parameters that cannot work)
-            self.packing  # noqa: B018
+            self.codec  # noqa: B018
         except (FormatError, UsageError) as error:
             raise ValueError(error.message) from None
         if self.security != security_of(bits):
@@ -124,8 +127,8 @@ class Job(Document):
 
     @cached_property
     def public_key(self) -> PublicKey:
-        """N, g, h."""
-        return PublicKey(self.N, self.g, self.h)
+        """N, gamma, h, A."""
+        return PublicKey(self.N, self.gamma, self.h, self.A)
 
     @property
     def insecure(self) -> bool:
@@ -138,9 +141,9 @@ class Job(Document):
         return FixedPoint(self.slot_bits, self.fraction_bits, len(self.participants))
 
     @cached_property
-    def packing(self) -> Packing:
-        """How integers become blocks in this job."""
-        return Packing(self.N, self.slot_bits)
+    def codec(self) -> Cipher:
+        """How values become a body and blocks, and how they come back: `lattice` or `direct`."""
+        return make_cipher(self.cipher, self.public_key, self.fixed_point)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -158,18 +161,23 @@ class Job(Document):
         participant = self.participant(signer)
         return participant.sign if participant else None
 
-    def groups(self, values: int) -> int:
-        """Groups that hold `values` values."""
-        return -(-values // (COMPONENTS * self.packing.slots))
-
     @property
     def group_bytes(self) -> int:
         """Bytes of a group: 8 residues."""
         return (COMPONENTS + 1) * self.public_key.arithmetic.width
 
     def residue_shape(self, values: int) -> tuple[int, int, int]:
-        """Shape of the `residues` tensor that holds `values` values."""
-        return self.groups(values), COMPONENTS + 1, self.public_key.arithmetic.width
+        """Shape of the `residues` tensor that belongs to `values` values."""
+        return self.codec.groups(values), COMPONENTS + 1, self.public_key.arithmetic.width
+
+    def body_shapes(self, values: int) -> dict[str, tuple[int, ...]]:
+        """The `body` tensor that belongs to `values` values; nothing where there is none."""
+        length = self.codec.body_bytes(values)
+        return {BODY: (length,)} if length else {}
+
+    def result_shapes(self, values: int) -> dict[str, tuple[int, ...]]:
+        """The tensors of an encrypted result: `residues`, and `body` where there is one."""
+        return {RESIDUES: self.residue_shape(values), **self.body_shapes(values)}
 
 
 def signed_digest(kind: str, plain: Mapping[str, Any]) -> str:

@@ -10,7 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from dtl.core.crypto import primitives
-from dtl.core.crypto.group import StrongTrapdoor, expand_half, has_halves
+from dtl.core.crypto.group import (
+    StrongTrapdoor,
+    expand_half,
+    has_halves,
+    has_participant_half,
+    has_server_half,
+)
 from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import read_file
@@ -50,6 +56,7 @@ class ParticipantSecrets(Document):
 
     participant_seed: Key32 = Field(repr=False)
     mask_seeds: dict[Name, Key32] = Field(repr=False)
+    audit_seed: Key32 = Field(repr=False)
     sign: Key32 = Field(repr=False)
     hpke: HpkePrivate = Field(repr=False)
 
@@ -176,6 +183,20 @@ class Key:
             raise NotAllowedError(f"{self.path}: expected a {role}'s key, found the {found}'s")
 
     @property
+    def participant_secrets(self) -> ParticipantSecrets:
+        """The secrets of a participant's key; NotAllowedError for any other key."""
+        if not isinstance(self.secrets, ParticipantSecrets):
+            raise NotAllowedError(f"{self.path}: expected a participant's key")
+        return self.secrets
+
+    @property
+    def server_secrets(self) -> ServerSecrets:
+        """The secrets of the server's key; NotAllowedError for any other key."""
+        if not isinstance(self.secrets, ServerSecrets):
+            raise NotAllowedError(f"{self.path}: expected the server's key")
+        return self.secrets
+
+    @property
     def ledger_path(self) -> Path:
         """The ledger that belongs to this key."""
         return self.path.with_name(f"{self.name}.ledger")
@@ -215,6 +236,7 @@ class Key:
                 good = good and has_halves(self.job.public_key, *self.halves)
             case ServerSecrets():
                 good = public == self.job.server.sign
+                good = good and has_server_half(self.job.public_key, self.half)
             case ParticipantSecrets():
                 known = self.job.participant(self.name)
                 good = known is not None and (known.sign, known.hpke) == (
@@ -223,6 +245,7 @@ class Key:
                 )
                 others = set(self.job.names) - {self.name} if self.job.masks else set()
                 good = good and set(self.secrets.mask_seeds) == others
+                good = good and has_participant_half(self.job.public_key, self.half)
         if not good:
             raise VerificationError(f"{self.path}: not the key that the job names for {self.name}")
 

@@ -16,7 +16,9 @@ import os
 import secrets
 import stat
 from types import TracebackType
-from typing import IO, Any, Literal, Self, TypeVar
+from typing import IO, Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import Field
 
 from dtl.core.crypto.primitives import hash_fields
 from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
@@ -24,7 +26,18 @@ from dtl.core.files import canonical_json
 from dtl.core.files.atomic import machine_errors
 from dtl.core.files.job_file import MAX_DOCUMENT_BYTES
 from dtl.core.files.key_file import Key
-from dtl.core.files.schema import Digest, Document, Identifier, Items, Name, Round, Timestamp
+from dtl.core.files.schema import (
+    NAME_PATTERN,
+    Digest,
+    Document,
+    Identifier,
+    Items,
+    Name,
+    OlderFormatError,
+    Round,
+    Timestamp,
+    refuse_older,
+)
 
 _LINK = "link"
 
@@ -48,15 +61,44 @@ class UploadEntry(Document):
     upload: Digest
 
 
+class TriedEntry(Document):
+    """A participant is about to apply its half to a release whose proof holds.
+
+    With `after_failure` its operator has said that earlier failures shall not count any more.
+    """
+
+    event: Literal["tried"]
+    round: Round
+    result: Digest
+    release: Digest
+    after_failure: bool
+
+
 class OpenEntry(Document):
-    """A participant opened a result."""
+    """A participant opened a result; `content` is the hash of the tensors that were written."""
 
     event: Literal["open"]
     round: Round
+    kind: Literal["model", "sum"]
     result: Digest
     parent: Digest | None
     opened: Digest
+    content: Digest
     admitted: Items[Name]
+
+
+class StepEntry(Document):
+    """A participant has, in `content`, the model after the step along a sum.
+
+    `source` says where it is from: `apply-sum`, `own-step` (the operator's own program), or
+    `adopt:NAME` (a file that another participant handed over).
+    """
+
+    event: Literal["step"]
+    round: Round
+    sum: Digest
+    content: Digest
+    source: Annotated[str, Field(pattern=f"^(apply-sum|own-step|adopt:{NAME_PATTERN})$")]
 
 
 class RevealEntry(Document):
@@ -107,7 +149,9 @@ class ReleaseEntry(Document):
 
 _ENTRIES: dict[str, type[Document]] = {
     "upload": UploadEntry,
+    "tried": TriedEntry,
     "open": OpenEntry,
+    "step": StepEntry,
     "reveal": RevealEntry,
     "close": CloseEntry,
     "aggregate": AggregateEntry,
@@ -144,7 +188,8 @@ def is_ledger(data: bytes) -> bool:
 def read_entries(data: bytes, what: str) -> list[Document]:
     """The entries of a ledger's whole lines, its head first.
 
-    Raises VerificationError for a damaged line or a broken chain.
+    Raises VerificationError for a damaged line or a broken chain, FormatError for a ledger of an
+    older version.
     """
     return _read_lines(io.BytesIO(data), what)[0]
 
@@ -164,9 +209,13 @@ def _read_lines(file: IO[bytes], what: str) -> tuple[list[Document], str, int]:
             break
         try:
             plain = canonical_json.loads(line, place)
+            if number == 1:
+                refuse_older(plain, what)
             link = plain.pop(_LINK)
             kind = LedgerHead if number == 1 else _ENTRIES[plain["event"]]
             entries.append(kind.check(plain, place))
+        except OlderFormatError:
+            raise
         except (FormatError, AttributeError, KeyError, TypeError):
             raise VerificationError(f"{place}: damaged") from None
         if link != _link(plain, previous):
@@ -228,7 +277,7 @@ class Ledger:
         ):
             raise VerificationError(f"{self.path}: not the ledger that {key.path} pins")
 
-    def find(self, kind: type[EntryType], **fields: object) -> list[EntryType]:
+    def find(self, kind: type[EntryType], /, **fields: object) -> list[EntryType]:
         """Entries of a kind whose fields have these values, oldest first."""
         return [
             entry
@@ -236,6 +285,11 @@ class Ledger:
             if isinstance(entry, kind)
             and all(getattr(entry, name) == value for name, value in fields.items())
         ]
+
+    @property
+    def last_link(self) -> bytes:
+        """The hash of the last line: changes with every line, and never comes back."""
+        return bytes.fromhex(self._last)
 
     def append(self, entry: Document) -> None:
         """Add an entry; it is on disk when this returns."""

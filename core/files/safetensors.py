@@ -15,7 +15,7 @@ from typing import Self
 
 from dtl.core.errors import FormatError
 from dtl.core.files import canonical_json
-from dtl.core.files.atomic import machine_errors, open_regular
+from dtl.core.files.atomic import machine_errors, open_regular, pread_up_to
 
 MAX_HEADER_BYTES = 16 << 20
 MAX_DIMENSIONS = 32
@@ -134,15 +134,11 @@ class SafetensorsFile:
 
     def read(self, start: int, length: int) -> bytes:
         """Read exactly these bytes of the file; FormatError if it has become shorter."""
-        parts = []
         with machine_errors(self.path):
-            while length > 0:
-                part = os.pread(self._descriptor, length, start)
-                if not part:
-                    raise FormatError(f"{self.path}: the file ends too early")
-                parts.append(part)
-                start, length = start + len(part), length - len(part)
-        return b"".join(parts)
+            data = pread_up_to(self._descriptor, length, start)
+        if len(data) < length:
+            raise FormatError(f"{self.path}: the file ends too early")
+        return data
 
 
 def stamp_of(descriptor: int) -> tuple[int, ...]:

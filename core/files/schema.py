@@ -19,6 +19,9 @@ from dtl.core.errors import FormatError
 from dtl.core.files import canonical_json
 
 FORMAT: Final = "dtl/v2"
+OLDER: Final = "dtl/v1"
+OLDER_MARK: Final = f'"format":"{OLDER}"'
+"""How the format of an older version stands in canonical JSON, and nowhere else."""
 NAME_PATTERN = "[a-z0-9][a-z0-9._-]{0,63}"
 _HEX = re.compile(r"[1-9a-f][0-9a-f]*")
 MAX_HEX_DIGITS = 16384 // 4 * 2
@@ -51,12 +54,31 @@ Item = TypeVar("Item")
 Items = Annotated[tuple[Item, ...], FailFast()]
 """Any number of items; the first bad one ends the check, as every error takes memory."""
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$")]
+Tag = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Identifier = Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 Round = Annotated[int, Field(ge=1, lt=1 << 32)]
 Timestamp = Annotated[
     str, Field(pattern=r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}Z$")
 ]
+
+
+class OlderFormatError(FormatError):
+    """A file that an older version wrote, which is not damaged for that."""
+
+
+def older_format(what: str) -> OlderFormatError:
+    """The error for a file of an older version."""
+    return OlderFormatError(
+        f"{what}: written by an older version of dtl ({OLDER}), expected {FORMAT}",
+        "a job lives with the version that made it; make a new one with dtl keygen",
+    )
+
+
+def refuse_older(value: canonical_json.Json, what: str) -> None:
+    """Raise OlderFormatError for a document whose `format` is that of an older version."""
+    if isinstance(value, dict) and value.get("format") == OLDER:
+        raise older_format(what)
 
 
 class Document(BaseModel):
@@ -72,6 +94,7 @@ class Document(BaseModel):
     @classmethod
     def check(cls, value: canonical_json.Json, what: str) -> Self:
         """Validate parsed JSON; FormatError as `decode`."""
+        refuse_older(value, what)
         try:
             # JSON mode, so that arrays become tuples while all else stays strict.
             text = canonical_json.dumps(value)

@@ -3,28 +3,38 @@
 Source: PROTOCOL.md, section 9.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from dtl.core.crypto import primitives
-from dtl.core.errors import FormatError, VerificationError
+from dtl.core.crypto.group import COMPONENTS
+from dtl.core.errors import VerificationError
 from dtl.core.files import canonical_json
-from dtl.core.files.container import SEALED, Container
+from dtl.core.files.container import Rows
 from dtl.core.files.headers import ResultHeader
 
 
 def release_core(
-    manifest: ResultHeader, grants: Iterable[str], shape: tuple[int, int, int], commit: bytes
+    manifest: ResultHeader,
+    of: str,
+    tensors: Mapping[str, bytes],
+    grants: Iterable[str],
+    shape: tuple[int, int, int],
+    commit: bytes,
 ) -> bytes:
-    """H(core): job, round, manifest, the grants' names, sizes and the key commitment (64 bytes).
+    """H(core): what every wrapped key, every chunk and the release's proof are bound to.
 
-    Every wrapped key and every chunk is bound to it.
+    `of` is the digest of the result, `tensors` the digests of its tensors by name, `shape`
+    that of its residues [groups, 8, width]. Protocol, section 9. 64 bytes.
     """
+    groups, _, width = shape
     core = {
         "job": manifest.job,
         "round": manifest.round,
+        "of": of,
         "manifest": manifest.plain(),
+        "tensors": {name: digest.hex() for name, digest in tensors.items()},
         "grants": list(grants),
-        "sizes": {"chunk": primitives.SEAL_CHUNK, "residues": list(shape)},
+        "sizes": {"chunk": primitives.SEAL_CHUNK, "sealed": [groups, COMPONENTS, width]},
         "commit": primitives.encode_base64(commit),
     }
     return primitives.hash_fields("dtl/v2/release-core", canonical_json.dumps(core))
@@ -53,21 +63,18 @@ def seal_stream(key: bytes, core: bytes, pieces: Iterable[bytes]) -> Iterator[by
     yield primitives.seal_chunk(key, index, True, bytes(held), core)
 
 
-def open_stream(container: Container, key: bytes, core: bytes, length: int) -> Iterator[bytes]:
-    """The plaintext chunks of a release whose payload has `length` bytes.
+def open_stream(rows: Rows, key: bytes, core: bytes, what: str) -> Iterator[bytes]:
+    """The plaintext chunks of a release's payload; VerificationError for one that was changed.
 
-    Raises FormatError for a payload of another length, VerificationError for one that was
-    changed. A caller must run through the whole stream once before it uses any of it.
+    `rows` are the bytes of the tensor `sealed`, whose length was checked. A caller must run
+    through the whole stream once before it uses any of it.
     """
-    tensor = container.tensors[SEALED]
-    if tensor.length != primitives.sealed_length(length):
-        raise FormatError(f"{container.path}: the sealed payload has the wrong length")
     size = primitives.SEAL_CHUNK + primitives.TAG_BYTES
-    starts = range(0, tensor.length, size)
+    starts = range(0, rows.length, size)
     for index, start in enumerate(starts):
         last = index == len(starts) - 1
-        chunk = container.read(tensor.start + start, min(size, tensor.length - start))
+        chunk = rows.read(start, min(size, rows.length - start))
         try:
             yield primitives.open_chunk(key, index, last, chunk, core)
         except VerificationError as error:
-            raise VerificationError(f"{container.path}: {error.message}") from None
+            raise VerificationError(f"{what}: {error.message}") from None

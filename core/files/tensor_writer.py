@@ -1,14 +1,14 @@
 """Write plain tensors piece by piece, as .safetensors or .npz by the name of the file."""
 
 import zipfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Self
+from typing import IO, NamedTuple, Self
 
 import numpy as np
 from numpy.lib import format as npy
-from numpy.typing import NDArray
 
 from dtl.core.encoding.fixed_point import Reals
 from dtl.core.errors import UsageError
@@ -21,11 +21,18 @@ from dtl.core.files.tensors import (
     METADATA_KEY,
     NUMPY_DTYPES,
     SUFFIXES,
+    Arrays,
+    ContentDigest,
+    Places,
     PlainMetadata,
-    from_reals,
+    does_not_fit,
+    encode_values,
     item_bytes,
     make_layout,
 )
+
+WRITE_VALUES = 1 << 18
+_NO_CONTENT = "0" * 128
 
 
 def check_suffix(path: Path) -> None:
@@ -37,27 +44,58 @@ def check_suffix(path: Path) -> None:
 class TensorWriter:
     """Writes tensors in packing order, values as they come, into a file of either format.
 
-    The metadata may be known only at the end: `finish` takes it, and `draft` gives its length.
+    The metadata may be known only at the end: `finish` takes it, and `draft`, as long when it
+    is encoded, keeps its place. A value that is too large for its tensor's dtype is a
+    NumericError; where not `strict`, `overflowed` says so, and the caller throws the file away.
     """
 
-    def __init__(self, output: AtomicOutput, layout: Layout, draft: PlainMetadata | None) -> None:
+    def __init__(
+        self,
+        output: AtomicOutput,
+        layout: Layout,
+        draft: PlainMetadata | None,
+        strict: bool = True,
+    ) -> None:
         sink = _NpzSink if output.path.suffix == ".npz" else _SafetensorsSink
         self._path = output.path
         with machine_errors(self._path):
             self._sink: _NpzSink | _SafetensorsSink = sink(output, layout, draft)
-        self._todo = [(spec, spec.values) for spec in layout]
+        self._draft_bytes = _length_of(draft)
+        self._places, self._written = Places(layout), 0
+        self._todo = deque((spec, spec.values * item_bytes(spec.dtype)) for spec in layout)
+        self._content = ContentDigest(layout)
+        self._strict = strict
+        self.overflowed = False
 
     def write(self, reals: Reals) -> None:
         """Append values."""
-        while reals.size:
-            spec, left = self._todo[0]
-            part, reals = reals[:left], reals[left:]
-            if part.size:
+        for start in range(0, reals.size, WRITE_VALUES):
+            part = reals[start : start + WRITE_VALUES]
+            data, misfit = encode_values(self._places, self._written, part)
+            if misfit is not None:
+                if self._strict:
+                    raise does_not_fit(misfit)
+                self.overflowed = True
+            self.write_encoded(data)
+
+    def write_encoded(self, data: bytes) -> None:
+        """Append whole values as `encode_values` made them, perhaps in another thread."""
+        self._content.update(data)
+        view = memoryview(data)
+        while view:
+            spec, left = self._todo.popleft()
+            part, view = view[:left], view[left:]
+            if part:
                 with machine_errors(self._path):
-                    self._sink.write(spec, from_reals(part, spec.dtype))
-            self._todo[0] = (spec, left - part.size)
-            if left == part.size:
-                self._todo.pop(0)
+                    self._sink.write(spec, part)
+            self._written += len(part) // item_bytes(spec.dtype)
+            if left > len(part):
+                self._todo.appendleft((spec, left - len(part)))
+
+    @property
+    def content(self) -> str:
+        """The digest of the tensors' bytes so far: see `ContentDigest`."""
+        return self._content.hexdigest()
 
     def __enter__(self) -> Self:
         return self
@@ -69,8 +107,14 @@ class TensorWriter:
         """Complete the file."""
         if any(left for _, left in self._todo):
             raise ValueError("values are missing")
+        if _length_of(metadata) != self._draft_bytes:
+            raise ValueError("the draft of the metadata had another length")
         with machine_errors(self._path):
             self._sink.finish(metadata)
+
+
+def _length_of(metadata: PlainMetadata | None) -> int:
+    return len(metadata.encode()) if metadata else 0
 
 
 class _SafetensorsSink:
@@ -89,7 +133,7 @@ class _SafetensorsSink:
         texts = {METADATA_KEY: metadata.encode().decode()} if metadata else {}
         return build_header(texts, self._tensors)
 
-    def write(self, spec: TensorSpec, data: bytes) -> None:
+    def write(self, spec: TensorSpec, data: memoryview) -> None:
         self._output.write_at(data, self._place[spec.name])
         self._place[spec.name] += len(data)
 
@@ -108,7 +152,7 @@ class _NpzSink:
         self._member_name = ""
         self._empty = [spec for spec in layout if not spec.values]
 
-    def write(self, spec: TensorSpec, data: bytes) -> None:
+    def write(self, spec: TensorSpec, data: memoryview) -> None:
         self._member_of(spec).write(data)
 
     def _member_of(self, spec: TensorSpec) -> IO[bytes]:
@@ -148,32 +192,50 @@ class _NpzSink:
 
 def write_arrays(
     path: Path,
-    arrays: dict[str, NDArray[np.float64]],
+    arrays: Arrays,
     dtype: str,
     metadata: PlainMetadata | None,
     force: bool = False,
     mode: int = PRIVATE_MODE,
 ) -> None:
-    """Write arrays to a plain file, all in one dtype."""
-    with unnamed_arrays(path, arrays, dtype, metadata, force, mode) as output:
-        output.commit()
+    """Write arrays to a plain file, all in one dtype; `metadata` as in `unnamed_arrays`."""
+    with unnamed_arrays(path, arrays, dtype, metadata, force, mode) as unnamed:
+        unnamed.output.commit()
+
+
+class Unnamed(NamedTuple):
+    """A finished file that has no name yet, and the digest of its tensors."""
+
+    output: AtomicOutput
+    content: str
 
 
 @contextmanager
 def unnamed_arrays(
     path: Path,
-    arrays: dict[str, NDArray[np.float64]],
+    arrays: Arrays,
     dtype: str,
     metadata: PlainMetadata | None,
     force: bool = False,
     mode: int = PRIVATE_MODE,
-) -> Iterator[AtomicOutput]:
-    """As `write_arrays`, but the finished file gets its name only when it is committed."""
+) -> Iterator[Unnamed]:
+    """As `write_arrays`, but the finished file gets its name only when it is committed.
+
+    The metadata of weights and sums gets the content that was written; that of gradients names
+    the content of the model that they are based on, and stays as it is.
+    """
     check_suffix(path)
     layout = make_layout(arrays, dtype)
+    own = metadata is not None and metadata.kind != "gradients"
     with AtomicOutput(path, force, mode) as output:
-        with TensorWriter(output, layout, metadata) as writer:
+        draft = with_content(metadata, _NO_CONTENT) if own else metadata
+        with TensorWriter(output, layout, draft) as writer:
             for spec in layout:
                 writer.write(arrays[spec.name].ravel())
-            writer.finish(metadata)
-        yield output
+            writer.finish(with_content(metadata, writer.content) if own else metadata)
+        yield Unnamed(output, writer.content)
+
+
+def with_content(metadata: PlainMetadata | None, content: str) -> PlainMetadata | None:
+    """The metadata with another content."""
+    return metadata and metadata.model_copy(update={"content": content})

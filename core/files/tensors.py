@@ -6,28 +6,30 @@ adds metadata of its own (`PlainMetadata`) where it knows the round and the base
 """
 
 import errno
-import hashlib
 import os
 import re
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from itertools import accumulate
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import IO, Literal, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtl.core.crypto.primitives import fields, u32
-from dtl.core.encoding.fixed_point import Reals
+from dtl.core.encoding.fixed_point import Reals, Values
 from dtl.core.errors import DtlError, FormatError, NumericError, VerificationError
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import open_regular, read_start
 from dtl.core.files.headers import Layout, TensorSpec, check_layout
 from dtl.core.files.npz import check_archive, read_array_header
 from dtl.core.files.safetensors import SafetensorsFile, stamp_of
-from dtl.core.files.schema import FORMAT, Digest, Document, Round
+from dtl.core.files.schema import FORMAT, Digest, Document, Round, refuse_older
+from dtl.core.files.tree_hash import TreeHash
 
+Arrays = dict[str, NDArray[np.float64]]
 SUFFIXES = (".safetensors", ".npz")
 METADATA_KEY, METADATA_ARRAY = "dtl", "__dtl__"
 READ_VALUES = 1 << 18
@@ -35,6 +37,8 @@ MAX_METADATA_BYTES = 1 << 16
 BF16 = "BF16"
 NUMPY_DTYPES = {"F16": "<f2", BF16: "<u2", "F32": "<f4", "F64": "<f8"}
 _ITEM_BYTES = {name: np.dtype(text).itemsize for name, text in NUMPY_DTYPES.items()}
+_I32_BITS = 32
+_BF16_INFINITE = 0x7F80  # the exponent of what is not finite
 _ZIP_MAGIC, _NPY_MAGIC = b"PK", b"\x93NUMPY"
 _BULK_KIND, _BULK_SIGN = re.compile('"kind":"(upload|sum|model|release)"'), '"signer":"'
 _BULK_NAMES = {  # what a bulk file is, and what comes before it is plain tensors
@@ -50,7 +54,7 @@ class PlainMetadata(Document):
 
     `round` and `base` are those of the model that the file is, or is based on: an upload of
     gradients names `base`. `opened` is the digest of the opened integers (of the initial
-    weights in round 0).
+    weights in round 0), `content` that of the tensors' bytes (see `ContentDigest`).
     """
 
     format: Literal["dtl/v2"]
@@ -58,6 +62,7 @@ class PlainMetadata(Document):
     round: Round | Literal[0]
     base: Digest | None
     opened: Digest | None
+    content: Digest | None
 
 
 class TensorFile(Protocol):
@@ -95,22 +100,109 @@ def open_tensors(path: Path) -> TensorFile:
     return _NpzTensors(path) if start.startswith(_ZIP_MAGIC) else _SafetensorsTensors(path)
 
 
-def values(tensors: TensorFile) -> Iterator[Reals]:
-    """All values in packing order as float64, in pieces.
+class ContentDigest:
+    """The digest of tensors' bytes: H(fields("dtl/v2/content", layout, u64(length), pieces)).
+
+    The bytes are those of the layout's dtypes, little-endian, in packing order.
+    """
+
+    def __init__(self, layout: Layout) -> None:
+        self._tree = TreeHash("dtl/v2/content", encode_layout(layout))
+
+    def update(self, data: bytes | memoryview) -> None:
+        """Add bytes."""
+        self._tree.update(data)
+
+    def hexdigest(self) -> str:
+        """The digest in hex."""
+        return self._tree.digest().hex()
+
+    def initial(self) -> str:
+        """V0 of the same bytes, in hex: as the content, under the label "dtl/v2/initial"."""
+        return self._tree.digest("dtl/v2/initial").hex()
+
+
+def raw_pieces(
+    tensors: TensorFile, content: ContentDigest | None = None
+) -> Iterator[tuple[TensorSpec, bytes]]:
+    """All tensors' bytes in packing order, in whole values; `content` digests them on the way."""
+    for spec in tensors.layout:
+        for piece in tensors.pieces(spec):
+            if content is not None:
+                content.update(piece)
+            yield spec, piece
+
+
+def values(tensors: TensorFile, content: ContentDigest | None = None) -> Iterator[Reals]:
+    """All values in packing order as float64, in pieces; `content` digests them on the way.
 
     Raises NumericError that names the tensor and the index of a NaN or an infinity.
     """
-    for spec in tensors.layout:
-        start = 0
-        for piece in tensors.pieces(spec):
-            reals = to_reals(piece, spec.dtype)
-            finite = np.isfinite(reals)
-            if not finite.all():
-                place = start + int(np.argmin(finite))
-                index = list(map(int, np.unravel_index(place, spec.shape)))
-                raise NumericError(f"{tensors.path}: tensor {spec.name!r} at {index}: not finite")
-            start += reals.size
-            yield reals
+    start = 0
+    for spec, piece in raw_pieces(tensors, content):
+        reals = to_reals(piece, spec.dtype)
+        finite = np.isfinite(reals)
+        if not finite.all():
+            raise not_finite(tensors, start + int(np.argmin(finite)))
+        start += reals.size
+        yield reals
+
+
+def batches(
+    tensors: TensorFile, size: int, content: ContentDigest | None = None
+) -> Iterator[Values]:
+    """All values in packing order, `size` at a time but for the last batch, each exact.
+
+    They are float32 where no tensor is wider than that, else float64. Whether they are finite
+    is the caller's to check: see `not_finite`. `content` digests their bytes on the way.
+    """
+    narrow = all(item_bytes(spec.dtype) <= item_bytes("F32") for spec in tensors.layout)
+    dtype = np.dtype(np.float32 if narrow else np.float64)
+    left = sum(spec.values for spec in tensors.layout)
+    batch, filled = np.empty(min(size, left), dtype), 0
+    for spec, piece in raw_pieces(tensors, content):
+        read = _widen(piece, spec.dtype)
+        while read.size:
+            part = read[: batch.size - filled]
+            with np.errstate(invalid="ignore"):  # numpy warns of a signalling NaN
+                batch[filled : filled + part.size] = part
+            filled += part.size
+            read = read[part.size :]
+            if filled == batch.size:
+                left -= filled
+                yield batch
+                batch, filled = np.empty(min(size, left), dtype), 0
+
+
+def not_finite(tensors: TensorFile, index: int) -> NumericError:
+    """The error for a NaN or an infinity that stands at `index` of the whole vector."""
+    name, place = describe_place(tensors.layout, index)
+    return NumericError(f"{tensors.path}: tensor {name!r} at {place}: not finite")
+
+
+def describe_place(layout: Layout, index: int) -> tuple[str, list[int]]:
+    """(tensor, index in it) of the value at `index` of the whole vector."""
+    spec, start, _ = next(Places(layout).runs(index, 1))
+    return spec.name, list(map(int, np.unravel_index(start, spec.shape)))
+
+
+class Places:
+    """Where the values of a vector lie: one tensor after the other, in packing order."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+        self._starts = list(accumulate((spec.values for spec in layout), initial=0))
+
+    def runs(self, first: int, count: int) -> Iterator[tuple[TensorSpec, int, int]]:
+        """The tensors that hold these values: (tensor, index of the first in it, how many)."""
+        if not 0 <= first <= first + count <= self._starts[-1]:
+            raise ValueError("there are no such values")
+        while count:
+            # The last tensor that starts there: those before it are empty.
+            number = bisect_right(self._starts, first) - 1
+            here = min(count, self._starts[number + 1] - first)
+            yield self._layout[number], first - self._starts[number], here
+            first, count = first + here, count - here
 
 
 def in_batches(pieces: Iterator[Reals], size: int) -> Iterator[Reals]:
@@ -129,39 +221,65 @@ def in_batches(pieces: Iterator[Reals], size: int) -> Iterator[Reals]:
         yield np.concatenate(held)
 
 
+def content_digest(tensors: TensorFile) -> str:
+    """The digest of a file's tensors, whatever its format: see `ContentDigest`."""
+    return _digest_all(tensors).hexdigest()
+
+
 def initial_digest(tensors: TensorFile) -> str:
-    """V0 = H(fields("dtl/v2/initial", layout, tensor bytes in packing order)), in hex."""
-    total = sum(spec.values * item_bytes(spec.dtype) for spec in tensors.layout)
-    pieces = (piece for spec in tensors.layout for piece in tensors.pieces(spec))
-    return _initial_hash(tensors.layout, total, pieces)
+    """V0 of a file's tensors, in hex."""
+    return _digest_all(tensors).initial()
 
 
-def _initial_hash(layout: Layout, length: int, pieces: Iterable[bytes]) -> str:
-    state = hashlib.sha512(fields("dtl/v2/initial", encode_layout(layout)))
-    state.update(u32(_length32(length)))
-    for piece in pieces:
-        state.update(piece)
-    return state.hexdigest()
+def _digest_all(tensors: TensorFile) -> ContentDigest:
+    content = ContentDigest(tensors.layout)
+    for _ in raw_pieces(tensors, content):
+        pass
+    return content
 
 
 def weights_metadata(tensors: TensorFile) -> PlainMetadata:
     """What a file of weights says of itself; one without dtl metadata counts as initial weights.
 
-    Raises FormatError for a file that is not weights, VerificationError when it calls itself
-    initial weights and its content is not what its metadata names.
+    Initial weights are read for it. Raises FormatError for a file that is not weights,
+    VerificationError when it calls itself initial weights and its content is not what its
+    metadata names.
     """
+    known = _known_weights(tensors)
+    if known is not None and known.round:
+        return known
+    return _initial_metadata(tensors, _digest_all(tensors))
+
+
+def _known_weights(tensors: TensorFile) -> PlainMetadata | None:
     known = tensors.metadata
     if known is not None and known.kind != "weights":
         raise FormatError(f"{tensors.path}: expected weights, found {known.kind}")
-    if known is not None and known.round:
-        return known
-    digest = initial_digest(tensors)
-    if known is not None and (known.base, known.opened) != (digest, digest):
+    return known
+
+
+def _initial_metadata(tensors: TensorFile, content: ContentDigest) -> PlainMetadata:
+    """The metadata of initial weights whose bytes were digested."""
+    made = initial_metadata(content)
+    if tensors.metadata is not None and tensors.metadata != made:
         raise VerificationError(
             f"{tensors.path}: the weights are not those that its metadata names",
             "they were changed after init-model; write them without dtl metadata to start anew",
         )
-    return PlainMetadata(format=FORMAT, kind="weights", round=0, base=digest, opened=digest)
+    return made
+
+
+def initial_metadata(content: ContentDigest) -> PlainMetadata:
+    """What initial weights say of themselves, from the digest of their bytes."""
+    digest = content.initial()
+    return PlainMetadata(
+        format=FORMAT,
+        kind="weights",
+        round=0,
+        base=digest,
+        opened=digest,
+        content=content.hexdigest(),
+    )
 
 
 def checked_initial_digest(tensors: TensorFile) -> str:
@@ -172,36 +290,35 @@ def checked_initial_digest(tensors: TensorFile) -> str:
     return known.base
 
 
-def make_initial_digest(arrays: dict[str, NDArray[np.float64]], dtype: str) -> str:
-    """V0 of weights before they are written, all in one dtype."""
+def make_initial_metadata(arrays: Arrays, dtype: str) -> PlainMetadata:
+    """What initial weights will say of themselves, before they are written, all in one dtype."""
     layout = make_layout(arrays, dtype)
-    data = b"".join(from_reals(arrays[spec.name].ravel(), dtype) for spec in layout)
-    return _initial_hash(layout, len(data), [data])
+    content = ContentDigest(layout)
+    for spec in layout:
+        content.update(from_reals(arrays[spec.name].ravel(), dtype))
+    return initial_metadata(content)
 
 
 class VectorDigest:
-    """V = H(fields("dtl/v2/vector", layout, integers as little-endian i64)), piece by piece."""
+    """V = H(fields("dtl/v2/vector", layout, u64(length), pieces)) of `count` opened integers.
 
-    def __init__(self, layout: Layout, count: int) -> None:
-        self._state = hashlib.sha512(fields("dtl/v2/vector", encode_layout(layout)))
-        self._state.update(u32(_length32(8 * count)))
+    They count as little-endian i32 where `slot_bits` <= 32, else as i64.
+    """
+
+    def __init__(self, layout: Layout, count: int, slot_bits: int) -> None:
+        self._dtype = np.dtype("<i4" if slot_bits <= _I32_BITS else "<i8")
+        self._length = count * self._dtype.itemsize
+        self._tree = TreeHash("dtl/v2/vector", encode_layout(layout))
 
     def update(self, integers: NDArray[np.int64]) -> None:
         """Add integers."""
-        self._state.update(integers.astype("<i8").tobytes())
+        self._tree.update(np.ascontiguousarray(integers, self._dtype).data)
 
     def hexdigest(self) -> str:
-        """The digest in hex."""
-        return self._state.hexdigest()
-
-
-def _length32(length: int) -> int:
-    """A length as it stands in `fields`.
-
-    The encoding's u32 cannot hold 4 GiB and more; there it is the length modulo 2^32, which
-    stays unambiguous because the layout before it fixes the true length.
-    """
-    return length % (1 << 32)
+        """The digest in hex, once all integers were added."""
+        if self._tree.length != self._length:
+            raise ValueError("integers are missing, or too many")
+        return self._tree.digest().hex()
 
 
 def encode_layout(layout: Layout) -> bytes:
@@ -214,28 +331,60 @@ def item_bytes(dtype: str) -> int:
     return _ITEM_BYTES[dtype]
 
 
+def _widen(data: bytes, dtype: str) -> Values:
+    """Little-endian bytes as float64 if they are, else as float32; exact."""
+    if dtype == BF16:
+        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    read = np.frombuffer(data, NUMPY_DTYPES[dtype])
+    return read.astype(np.float32) if dtype == "F16" else read
+
+
 def to_reals(data: bytes, dtype: str) -> Reals:
     """Little-endian bytes as float64; exact."""
-    if dtype == BF16:
-        return (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4").astype(np.float64)
-    return np.frombuffer(data, NUMPY_DTYPES[dtype]).astype(np.float64)
+    with np.errstate(invalid="ignore"):  # numpy warns of a signalling NaN
+        return _widen(data, dtype).astype(np.float64)
 
 
 def from_reals(reals: Reals, dtype: str) -> bytes:
-    """float64 as little-endian bytes of a dtype, rounded to nearest (bfloat16 by float32)."""
-    if dtype != BF16:
-        with np.errstate(over="ignore"):
-            narrow = reals.astype(NUMPY_DTYPES[dtype])
-        if not np.isfinite(narrow).all():
-            raise NumericError(
-                f"a value does not fit into {dtype}", "choose a wider dtype for the model"
-            )
-        data: bytes = narrow.tobytes()
-        return data
+    """float64 as little-endian bytes of a dtype, rounded to nearest (bfloat16 by float32).
+
+    Raises NumericError for a value that is too large for the dtype.
+    """
+    data, fits = narrow(reals, dtype)
+    if not fits:
+        raise does_not_fit(dtype)
+    return data
+
+
+def narrow(reals: Reals, dtype: str) -> tuple[bytes, bool]:
+    """As `from_reals`, and whether all values fit; one that does not becomes an infinity."""
+    with np.errstate(over="ignore"):
+        if dtype != BF16:
+            found = reals.astype(NUMPY_DTYPES[dtype])
+            return found.tobytes(), bool(np.isfinite(found).all())
+        wide = reals.astype("<f4").view("<u4")
     # bfloat16 is the upper half of float32; the carry of the rounding runs upwards.
-    wide = reals.astype("<f4").view("<u4")
     rounded: NDArray[np.uint16] = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype("<u2")
-    return rounded.tobytes()
+    return rounded.tobytes(), bool(((rounded & _BF16_INFINITE) != _BF16_INFINITE).all())
+
+
+def does_not_fit(dtype: str) -> NumericError:
+    """The error for a value that is too large for a dtype."""
+    return NumericError(f"a value does not fit into {dtype}", "choose a wider dtype for the model")
+
+
+def encode_values(places: Places, first: int, reals: Reals) -> tuple[bytes, str | None]:
+    """Values from place `first` of a vector on, each in the dtype of its tensor.
+
+    Besides, a dtype into which a value did not fit, if there is one.
+    """
+    parts, misfit = [], None
+    for spec, _, count in places.runs(first, reals.size):
+        data, fits = narrow(reals[:count], spec.dtype)
+        parts.append(data)
+        misfit = misfit if fits else spec.dtype
+        reals = reals[count:]
+    return parts[0] if len(parts) == 1 else b"".join(parts), misfit
 
 
 class _PlainSafetensors(SafetensorsFile):
@@ -398,24 +547,56 @@ def _read_metadata(text: str | None, path: Path) -> PlainMetadata | None:
         raise FormatError(f"{path}: expected weights or gradients in plain, found {found}", hint)
     if len(text) > MAX_METADATA_BYTES:
         raise FormatError(f"{path}: metadata: expected at most {MAX_METADATA_BYTES} characters")
-    return PlainMetadata.decode(text.encode("utf-8", "surrogatepass"), f"{path}: metadata")
+    parsed = canonical_json.loads(text.encode("utf-8", "surrogatepass"), f"{path}: metadata")
+    refuse_older(parsed, str(path))
+    return PlainMetadata.check(parsed, f"{path}: metadata")
 
 
-def read_arrays(path: Path) -> tuple[dict[str, NDArray[np.float64]], PlainMetadata | None]:
-    """Read a whole plain file into arrays of float64 (for models that fit into memory)."""
-    tensors = open_tensors(path)
-    try:
-        flat = np.concatenate(list(values(tensors)))
-        arrays, start = {}, 0
-        for spec in tensors.layout:
-            arrays[spec.name] = flat[start : start + spec.values].reshape(spec.shape)
-            start += spec.values
-        return arrays, tensors.metadata
-    finally:
-        tensors.close()
+class Loaded(NamedTuple):
+    """A whole plain file: arrays of float64, its metadata, and the digest of what was read."""
+
+    arrays: Arrays
+    metadata: PlainMetadata | None
+    content: str
 
 
-def make_layout(arrays: dict[str, NDArray[np.float64]], dtype: str) -> Layout:
+def load_arrays(path: Path) -> Loaded:
+    """Read a whole plain file (for models that fit into memory)."""
+    with closing(open_tensors(path)) as tensors:
+        arrays, content = _read_all(tensors)
+        return Loaded(arrays, tensors.metadata, content.hexdigest())
+
+
+def read_arrays(path: Path) -> tuple[Arrays, PlainMetadata | None]:
+    """As `load_arrays`, without the digest."""
+    loaded = load_arrays(path)
+    return loaded.arrays, loaded.metadata
+
+
+def load_weights(path: Path) -> tuple[Arrays, PlainMetadata]:
+    """A whole file of weights, and its metadata with the content that was read.
+
+    Errors as `weights_metadata`.
+    """
+    with closing(open_tensors(path)) as tensors:
+        known = _known_weights(tensors)
+        arrays, content = _read_all(tensors)
+        if known is None or not known.round:
+            return arrays, _initial_metadata(tensors, content)
+        return arrays, known.model_copy(update={"content": content.hexdigest()})
+
+
+def _read_all(tensors: TensorFile) -> tuple[Arrays, ContentDigest]:
+    content = ContentDigest(tensors.layout)
+    flat = np.concatenate(list(values(tensors, content)))
+    arrays, start = {}, 0
+    for spec in tensors.layout:
+        arrays[spec.name] = flat[start : start + spec.values].reshape(spec.shape)
+        start += spec.values
+    return arrays, content
+
+
+def make_layout(arrays: Arrays, dtype: str) -> Layout:
     """The layout of arrays that are to be written in one dtype."""
     return _make_layout(
         [(name, array.shape, dtype) for name, array in arrays.items()], Path("arrays")

@@ -19,16 +19,9 @@ from sklearn.neural_network import MLPClassifier
 from dtl.core import defaults
 from dtl.core.errors import FormatError, NumericError, UsageError
 from dtl.core.files.atomic import PUBLIC_MODE
-from dtl.core.files.schema import FORMAT
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensor_writer import write_arrays
-from dtl.core.files.tensors import (
-    PlainMetadata,
-    make_initial_digest,
-    open_tensors,
-    read_arrays,
-    weights_metadata,
-)
+from dtl.core.files.tensors import load_weights, make_initial_metadata, read_arrays
 
 Weights = dict[str, NDArray[np.float64]]
 WEIGHT, BIAS = "layer{}.weight", "layer{}.bias"
@@ -79,8 +72,7 @@ def init_model(
     data = load_shard(shard)
     network = _network(data, tuple(hidden), learning_rate_init=_NO_STEP, random_state=seed)
     weights = _single_precision(_weights_of(network))
-    digest = make_initial_digest(weights, DTYPE)
-    metadata = PlainMetadata(format=FORMAT, kind="weights", round=0, base=digest, opened=digest)
+    metadata = make_initial_metadata(weights, DTYPE)
     write_arrays(output, weights, DTYPE, metadata, force, PUBLIC_MODE)
     return weights
 
@@ -90,14 +82,9 @@ def compute_gradients(
 ) -> Weights:
     """Write the gradient, or the pseudo-gradient of local epochs, of a model on a shard.
 
-    The round and base of the model go along in the metadata.
+    The round, base and content of the model go along in the metadata.
     """
-    source = open_tensors(model)
-    try:
-        metadata = weights_metadata(source)
-    finally:
-        source.close()
-    weights, _ = read_arrays(model)
+    weights, metadata = load_weights(model)
     gradients = local_update(weights, load_shard(shard), training, str(model))
     based = metadata.model_copy(update={"kind": "gradients"})
     write_arrays(output, gradients, DTYPE, based, force)

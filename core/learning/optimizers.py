@@ -162,10 +162,10 @@ def apply_sum(
         outputs.append(unnamed_arrays(output, stepped, DTYPE, named, force))
         entered = [stack.enter_context(unnamed) for unnamed in outputs]
         for finished in entered:
-            finished.sync()
+            finished.output.sync()
         for finished in entered:
-            finished.commit()
-    return named
+            finished.output.commit()
+    return named.model_copy(update={"content": entered[-1].content})
 
 
 def _check_precedes(

@@ -1,4 +1,4 @@
-"""Compute the server's results: the product of uploads, bit for bit, and its manifest.
+"""Compute the server's results, bit for bit: residues, body, and manifest.
 
 The server computes with these functions, and anyone recomputes with them. Source:
 PROTOCOL.md, section 8, step 2.
@@ -10,13 +10,14 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from dtl.core.ciphers.cipher import Batch, Cipher, Reader, spans
 from dtl.core.crypto import masks, scheme
-from dtl.core.crypto.group import COMPONENTS, PublicKey
-from dtl.core.crypto.residues import Bytes
-from dtl.core.errors import FormatError, QuorumError
+from dtl.core.crypto.group import COMPONENTS
+from dtl.core.encoding.fixed_point import Integers
+from dtl.core.errors import FormatError, NumericError, QuorumError, VerificationError
 from dtl.core.files import tensors
 from dtl.core.files.closing import Close, Reveal
-from dtl.core.files.container import RESIDUES, Container, Rows
+from dtl.core.files.container import BODY, RESIDUES, Container, Rows
 from dtl.core.files.headers import (
     Contribution,
     Layout,
@@ -26,8 +27,9 @@ from dtl.core.files.headers import (
 )
 from dtl.core.files.job_file import SERVER, Job
 from dtl.core.files.schema import FORMAT
+from dtl.core.lattice.parameters import MAX_UPLOADS
 from dtl.core.parallel import Work
-from dtl.core.public.uploads import Upload, read_groups, short, spans
+from dtl.core.public.uploads import Upload, read_groups, short
 
 PRODUCT_GROUPS = 128  # groups a task
 WAIT_OR_VOID = (
@@ -46,8 +48,8 @@ class Start:
     round: int
     contributions: dict[str, int]
     rows: Rows | None = None
+    body: Rows | None = None
     weights: Path | None = None
-    stamp: tuple[int, ...] = ()
 
     @property
     def parent(self) -> str | None:
@@ -59,12 +61,13 @@ def start_from_weights(job: Job, path: Path) -> Start:
     """Start from public initial weights; NumericError for NaN or lack of headroom."""
     source = tensors.open_tensors(path)
     try:
-        for reals in tensors.values(source):
-            job.fixed_point.encode_weights(reals)
         digest = tensors.checked_initial_digest(source)
-        return Start(digest, digest, source.layout, 0, {}, weights=path, stamp=source.stamp())
+        start = Start(digest, digest, source.layout, 0, {}, weights=path)
     finally:
         source.close()
+    for _ in _initial_integers(job, start, tensors.READ_VALUES):
+        pass
+    return start
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,17 @@ class Result:
     path: Path
     header: ResultHeader
     digest: str
-    rows: Rows
+    container: Container
+
+    @property
+    def rows(self) -> Rows:
+        """Where its residues lie."""
+        return self.container.rows(RESIDUES)
+
+    @property
+    def body(self) -> Rows | None:
+        """Where its body lies, if it has one."""
+        return self.container.bytes_of(BODY) if BODY in self.container.tensors else None
 
     def start(self) -> Start:
         """This model as the start of the next round."""
@@ -90,6 +103,7 @@ class Result:
             self.header.round,
             dict(self.header.contributions),
             rows=self.rows,
+            body=self.body,
         )
 
 
@@ -101,9 +115,20 @@ def open_result(job: Job, path: Path, stack: ExitStack, work: Work) -> Result:
         raise FormatError(f"{path}: expected a model or sum")
     if header.signer != SERVER:
         raise FormatError(f"{path}: expected the server's signature, found {header.signer}'s")
-    container.require({RESIDUES: job.residue_shape(header.values)})
-    digest = container.verify(header.kind, job.server.sign, work.progress)
-    return Result(path, header, digest.hex(), container.rows(RESIDUES))
+    container.require(job.result_shapes(header.values))
+    digest = container.verify(header.kind, job.server.sign, work.progress, work.lanes)
+    check_uploads_bound(header, path)
+    return Result(path, header, digest.hex(), container)
+
+
+def check_uploads_bound(header: ResultHeader, what: object) -> None:
+    """Raise NumericError for more uploads than a result can hold and still be opened."""
+    if header.uploads > MAX_UPLOADS:
+        raise NumericError(
+            f"{what}: {header.uploads} contributions: expected at most {MAX_UPLOADS} "
+            "in one model or sum",
+            "go on in a new job, from the opened model as initial weights",
+        )
 
 
 def check_base(upload: Upload, start: Start) -> None:
@@ -145,7 +170,7 @@ def manifest(
     """
     first = uploads[0].header
     by_name = {upload.header.signer: upload.digest for upload in uploads}
-    return ResultHeader(
+    made = ResultHeader(
         format=FORMAT,
         kind="model" if start else "sum",
         job=job.digest,
@@ -162,6 +187,8 @@ def manifest(
         missing=tuple(name for name in job.names if name not in by_name),
         contributions=count_contributions(start, by_name),
     )
+    check_uploads_bound(made, f"round {first.round}")
+    return made
 
 
 def count_contributions(start: Start | None, names: Iterable[str]) -> dict[str, int]:
@@ -217,65 +244,143 @@ def orphaned_masks(
     return keys
 
 
-def products(
+def check_manifest(job: Job, header: ResultHeader, path: Path) -> None:
+    """Raise FormatError or QuorumError unless a manifest can be one of this job."""
+    check_uploads_bound(header, path)
+    everyone = {*header.names, *header.missing}
+    if everyone != set(job.names) or not set(header.contributions) <= everyone:
+        raise FormatError(f"{path}: its manifest is not about this job's roster")
+    first = header.kind == "sum" or header.parent is None
+    if first and header.contributions != dict.fromkeys(header.names, 1):
+        raise VerificationError(f"{path}: its manifest counts contributions that were not made")
+    found = len(header.contributors)
+    enough = can_close(job, found) or not (job.masks and header.missing)
+    if found < job.min_contributors or not enough:
+        raise QuorumError(
+            f"{path}: too few contributors: {found} of {len(job.names)} "
+            f"(at least {job.min_contributors})"
+        )
+
+
+def residues(
     job: Job, uploads: Sequence[Upload], start: Start | None, orphans: list[masks.Key], work: Work
 ) -> Iterator[bytes]:
     """The result's residues, PRODUCT_GROUPS groups at a time.
 
-    The sum is the product of the uploads with the orphaned masks taken off; a model is its
-    start minus the sum.
+    The sum is the product of the uploads without the orphaned masks; a model is its start
+    minus the sum.
     """
-    rows = [upload.rows for upload in sorted(uploads, key=lambda upload: upload.header.signer)]
-    blocks = _initial_blocks(job, start, PRODUCT_GROUPS) if start and start.weights else None
-    parent = start.rows if start else None
+    rows = [upload.rows for upload in in_order(uploads)]
     values = uploads[0].header.values
-    pieces = spans(job.groups(values), PRODUCT_GROUPS)
+    pieces = spans(job.codec.groups(values), PRODUCT_GROUPS)
+    size = PRODUCT_GROUPS * job.codec.group_values
+    blocks = _initial_integers(job, start, size) if start and start.weights and size else None
+    parent = start.rows if start else None
+    public_start = start is not None and start.weights is not None
     tasks = (
-        (job.public_key, rows, orphans, parent, next(blocks) if blocks else None, *piece)
+        (job.codec, rows, orphans, parent, public_start, next(blocks) if blocks else None, *piece)
         for piece in pieces
     )
     # Even the orphaned masks are public: reveals are files that `dtl verify` takes.
-    yield from work.map("multiply", _product_chunk, tasks, len(pieces), values=values, public=True)
+    made = work.map("multiply", _residues_chunk, tasks, len(pieces), values=values, public=True)
+    yield from made
+    _finish(blocks)
 
 
-def _product_chunk(
-    key: PublicKey,
+def bodies(
+    job: Job, uploads: Sequence[Upload], start: Start | None, orphans: list[masks.Key], work: Work
+) -> Iterator[bytes]:
+    """The result's body, a batch at a time; nothing where the cipher has none."""
+    values = uploads[0].header.values
+    if not job.codec.body_bytes(values):
+        return
+    readers = [upload.body.read for upload in in_order(uploads) if upload.body]
+    batches = job.codec.batches(values, work.lanes)
+    sizes = batches[0].values
+    initial = _initial_integers(job, start, sizes) if start and start.weights else None
+    parent = start.body.read if start and start.body else None
+    tasks = (
+        (job.codec, values, batch, readers, orphans, parent, next(initial) if initial else None)
+        for batch in batches
+    )
+    made = work.map(
+        "add",
+        _body_chunk,
+        tasks,
+        len(batches),
+        values=values,
+        public=True,
+        threads=job.codec.threads,
+    )
+    yield from made
+    _finish(initial)
+
+
+def in_order(uploads: Sequence[Upload]) -> list[Upload]:
+    """Uploads in the order of their participants' names."""
+    return sorted(uploads, key=lambda upload: upload.header.signer)
+
+
+def _residues_chunk(
+    codec: Cipher,
     uploads: list[Rows],
     orphans: list[masks.Key],
     parent: Rows | None,
-    initial: Bytes | None,
+    public_start: bool,
+    initial: Integers | None,
     first: int,
     count: int,
 ) -> bytes:
+    key = codec.key
     total = scheme.add(key, [read_groups(key, rows, first, count) for rows in uploads])
     if orphans:
-        taken_off = masks.mask_blocks(
+        without = masks.mask_blocks(
             masks.opposite(orphans), first * COMPONENTS, count * COMPONENTS, key.n
         )
-        total = scheme.add_public(key, total, taken_off.reshape(count, COMPONENTS, -1))
+        total = scheme.add_public(key, total, without.reshape(count, COMPONENTS, -1))
     if parent is not None:
-        total = scheme.subtract(key, read_groups(key, parent, first, count), total)
-    elif initial is not None:
-        total = scheme.add_public(key, scheme.negate(key, total), initial)
+        before = read_groups(key, parent, first, count)
+        scheme.check(key, before)
+        total = scheme.subtract(key, before, total)
+    elif public_start:
+        total = scheme.negate(key, total)
+        if initial is not None:
+            total = scheme.add_public(key, total, codec.public_blocks(initial, count))
     return total.tobytes()
 
 
-def _initial_blocks(job: Job, start: Start, groups: int) -> Iterator[Bytes]:
-    """The public initial weights as blocks [G, 7, block width], `groups` groups at a time.
+def _body_chunk(
+    codec: Cipher,
+    values: int,
+    batch: Batch,
+    uploads: list[Reader],
+    orphans: list[masks.Key],
+    parent: Reader | None,
+    initial: Integers | None,
+) -> bytes:
+    return codec.combine_body(values, batch, uploads, orphans, parent, initial)
 
-    Raises FormatError when the file is no longer the one that was digested.
+
+def _initial_integers(job: Job, start: Start, size: int) -> Iterator[Integers]:
+    """The public initial weights as integers, `size` at a time.
+
+    Raises FormatError at the end when the file is no longer the one that was digested: a
+    caller must take all of it before it uses the result.
     """
     if start.weights is None:
         return
     source = tensors.open_tensors(start.weights)
+    content = tensors.ContentDigest(source.layout)
     try:
-        size = groups * COMPONENTS * job.packing.slots
-        for reals in tensors.in_batches(tensors.values(source), size):
-            count = job.groups(reals.size)
-            integers = job.fixed_point.encode_weights(reals)
-            packed = job.packing.pack(integers, count * COMPONENTS)
-            if source.stamp() != start.stamp:
-                raise FormatError(f"{start.weights}: the file changed while it was read")
-            yield packed.reshape(count, COMPONENTS, -1)
+        for reals in tensors.in_batches(tensors.values(source, content), size):
+            yield job.fixed_point.encode_weights(reals)
+        if source.layout != start.layout or content.initial() != start.base:
+            raise FormatError(f"{start.weights}: the file changed while it was read")
     finally:
         source.close()
+
+
+def _finish(integers: Iterator[Integers] | None) -> None:
+    """Let `_initial_integers` come to its last check."""
+    for _ in integers or ():
+        raise ValueError("initial weights are left over")

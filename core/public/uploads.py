@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from dtl.core.crypto import proof
+from dtl.core.ciphers.cipher import spans
+from dtl.core.crypto import proof, scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes, to_integers
 from dtl.core.errors import FormatError, NotAllowedError, VerificationError
-from dtl.core.files.container import PROOF, RESIDUES, Container, Rows
+from dtl.core.files.container import BODY, PROOF, RESIDUES, Container, Rows
 from dtl.core.files.headers import UploadHeader, check_same_shapes, read_header
 from dtl.core.files.job_file import Job
 from dtl.core.parallel import Work
@@ -38,10 +39,10 @@ class Upload:
         """Where its residues lie."""
         return self.container.rows(RESIDUES)
 
-
-def spans(rows: int, step: int) -> list[tuple[int, int]]:
-    """(first, count) of pieces of `step` rows."""
-    return [(first, min(step, rows - first)) for first in range(0, rows, step)]
+    @property
+    def body(self) -> Rows | None:
+        """Where its body lies, if it has one."""
+        return self.container.bytes_of(BODY) if BODY in self.container.tensors else None
 
 
 def read_groups(key: PublicKey, rows: Rows, first: int, count: int) -> Bytes:
@@ -62,9 +63,9 @@ def open_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> Upload:
     participant = job.participant(header.signer)
     if participant is None:
         raise FormatError(f"{path}: {header.signer} is not in this job's roster")
-    length = proof.proof_length(job.public_key, job.groups(header.values))
-    container.require({PROOF: (length,), RESIDUES: job.residue_shape(header.values)})
-    digest = container.verify(header.kind, participant.sign, work.progress).hex()
+    length = proof.proof_length(job.public_key, job.codec.groups(header.values))
+    container.require({PROOF: (length,), **job.result_shapes(header.values)})
+    digest = container.verify(header.kind, participant.sign, work.progress, work.lanes).hex()
     if header.roster != job.roster_digest:
         raise FormatError(f"{path}: made for another roster")
     if header.masked != job.masks:
@@ -76,9 +77,8 @@ def open_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> Upload:
 def check_proof(job: Job, upload: Upload, work: Work) -> None:
     """Check an upload's residues (FormatError) and its proof (VerificationError)."""
     key, path, container = job.public_key, upload.path, upload.container
-    groups = job.groups(upload.header.values)
-    tensor = container.tensors[PROOF]
-    found = proof.decode(key, groups, container.read(tensor.start, tensor.length))
+    groups = job.codec.groups(upload.header.values)
+    found = proof.decode(key, groups, container.whole(PROOF))
     try:
         proof.check_ranges(key, groups, found)
         rho = proof.weights(
@@ -86,7 +86,8 @@ def check_proof(job: Job, upload: Upload, work: Work) -> None:
             container.raw_header,
             job.signing_key(upload.header.signer) or b"",
             groups,
-            container.tensor_hash(RESIDUES),
+            container.tensor_digest(RESIDUES),
+            container.tensor_digest(BODY) if BODY in container.tensors else None,
             found.d,
         )
         step = min(MAX_PROOF_GROUPS, max(MIN_PROOF_GROUPS, -(-groups // work.lanes)))
@@ -107,7 +108,7 @@ def _weigh(key: PublicKey, rows: Rows, rho: Bytes, first: int, count: int) -> li
     """Check groups, and return their weighted products, one for each of the 8 components."""
     residues = read_groups(key, rows, first, count)
     try:
-        key.arithmetic.check(residues)
+        scheme.check(key, residues)
     except FormatError as error:
         last = first + count - 1
         raise FormatError(f"{rows.path}: groups {first} to {last}: {error.message}") from None

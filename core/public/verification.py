@@ -4,20 +4,20 @@ Everything is recomputed with the very functions that the server uses, and compa
 bit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtl.core.crypto import masks, primitives
+from dtl.core.crypto import masks
 from dtl.core.errors import FormatError, QuorumError, VerificationError
 from dtl.core.files.closing import Close, Reveal, load_signed
-from dtl.core.files.container import SEALED, Container
-from dtl.core.files.headers import ReleaseHeader, ResultHeader, read_header
+from dtl.core.files.headers import ResultHeader
 from dtl.core.files.job_file import Job
 from dtl.core.parallel import Work
-from dtl.core.public import results, uploads
+from dtl.core.public import releases, results, uploads
+from dtl.core.public.releases import Release
 from dtl.core.public.results import Result, Start
 from dtl.core.public.uploads import Upload
 
@@ -43,8 +43,22 @@ class _Pool:
     used: set[Path] = field(default_factory=set)
 
 
-def verify(path: Path, kind: str, job: Job, evidence: Evidence, work: Work) -> dict[str, Any]:
+ReleaseKey = Callable[[Release], bytes]
+"""Unwraps the content key of a release for a participant that it is granted to."""
+
+
+def verify(
+    path: Path,
+    kind: str,
+    job: Job,
+    evidence: Evidence,
+    work: Work,
+    release_key: ReleaseKey | None = None,
+) -> dict[str, Any]:
     """Verify a file of the given kind; returns what was verified.
+
+    With `release_key`, the sealed part of a release is checked as well; only then can it be
+    called recomputed.
 
     Raises FormatError or VerificationError for anything that does not hold, and for evidence
     that has nothing to do with the file.
@@ -57,22 +71,27 @@ def verify(path: Path, kind: str, job: Job, evidence: Evidence, work: Work) -> d
             case "sum" | "model":
                 found = _verify_result(job, path, pool, stack, work)
             case "release":
-                found = _verify_release(job, path, pool, stack, work)
+                found = _verify_release(job, path, pool, release_key, stack, work)
             case "close" | "reveal":
                 found = _verify_document(job, path)
             case "job":
                 found = {"signature": "valid; by the center that the file itself names"}
             case _:
                 raise FormatError(f"{path}: nothing of dtl's that is signed: {kind!r}")
-        given = {*evidence.uploads, *evidence.models, *evidence.reveals}
-        given |= {evidence.initial} if evidence.initial else set()
-        unused = sorted(map(str, given - pool.used))
-        if unused:
-            raise VerificationError(
-                f"{path}: has nothing to do with {', '.join(unused)}",
-                "what its manifest names was not among the files given, or not all of it",
-            )
+        _check_all_used(path, evidence, pool)
         return {"file": str(path), "kind": kind, **found}
+
+
+def _check_all_used(path: Path, evidence: Evidence, pool: _Pool) -> None:
+    """Raise VerificationError for evidence that has nothing to do with the file."""
+    given = {*evidence.uploads, *evidence.models, *evidence.reveals}
+    given |= {evidence.initial} if evidence.initial else set()
+    unused = sorted(map(str, given - pool.used))
+    if unused:
+        raise VerificationError(
+            f"{path}: has nothing to do with {', '.join(unused)}",
+            "what its manifest names was not among the files given, or not all of it",
+        )
 
 
 def _gather(job: Job, evidence: Evidence, stack: ExitStack, work: Work) -> _Pool:
@@ -106,7 +125,11 @@ def _verify_result(
     job: Job, path: Path, pool: _Pool, stack: ExitStack, work: Work
 ) -> dict[str, Any]:
     """Verify a result, and the chain of models behind it as far as there is evidence."""
-    result = results.open_result(job, path, stack, work)
+    return _verify_chain(job, results.open_result(job, path, stack, work), pool, work)
+
+
+def _verify_chain(job: Job, result: Result, pool: _Pool, work: Work) -> dict[str, Any]:
+    path = result.path
     if pool.initial and pool.initial.weights:
         if pool.initial.base not in (result.header.initial, result.header.parent):
             raise VerificationError(f"{path}: does not come from {pool.initial.weights}")
@@ -129,6 +152,17 @@ def _verify_result(
     }
 
 
+def recompute(job: Job, result: Result, evidence: Evidence, stack: ExitStack, work: Work) -> bool:
+    """Recompute a result from evidence, where uploads are given; whether it was recomputed.
+
+    Raises VerificationError for a result that is not the one that follows from its uploads.
+    """
+    pool = _gather(job, evidence, stack, work)
+    verified = _verify_chain(job, result, pool, work)
+    _check_all_used(result.path, evidence, pool)
+    return bool(verified["recomputed"])
+
+
 _RECOMPUTED = "recomputed, bit for bit the same"
 _NOT_RECOMPUTED = "not recomputed: no uploads given"
 
@@ -139,7 +173,7 @@ def _verify_product(job: Job, result: Result, pool: _Pool, work: Work, needed: b
     Without any of its uploads it is not recomputed, or, if that is `needed`, an error.
     """
     header, path = result.header, result.path
-    check_manifest(job, header, path)
+    results.check_manifest(job, header, path)
     named = [pool.uploads.get(c.upload) for c in header.contributors]
     if not any(named) and not needed:
         start = _start(result, pool, needed=False) if header.kind == "model" else None
@@ -170,15 +204,46 @@ def _verify_product(job: Job, result: Result, pool: _Pool, work: Work, needed: b
     expected = results.manifest(job, found, start, header.layout, header.created)
     if expected != header:
         raise VerificationError(f"{path}: its manifest is not that of these uploads")
+    _compare_residues(job, result, found, start, orphans, work)
+    _compare_body(job, result, found, start, orphans, work)
+    return _RECOMPUTED
+
+
+def _compare_residues(
+    job: Job,
+    result: Result,
+    found: Sequence[Upload],
+    start: Start | None,
+    orphans: list[masks.Key],
+    work: Work,
+) -> None:
     first = 0
-    for piece in results.products(job, found, start, orphans, work):
+    for piece in results.residues(job, found, start, orphans, work):
         count = len(piece) // job.group_bytes
         if result.rows.read(first, count) != piece:
             raise VerificationError(
-                f"{path}: groups {first} to {first + count - 1} are not the product of the uploads"
+                f"{result.path}: groups {first} to {first + count - 1} are not the product of "
+                "the uploads"
             )
         first += count
-    return _RECOMPUTED
+
+
+def _compare_body(
+    job: Job,
+    result: Result,
+    found: Sequence[Upload],
+    start: Start | None,
+    orphans: list[masks.Key],
+    work: Work,
+) -> None:
+    place, body = 0, result.body
+    for piece in results.bodies(job, found, start, orphans, work):
+        if body is None or body.read(place, len(piece)) != piece:
+            raise VerificationError(
+                f"{result.path}: bytes {place} to {place + len(piece) - 1} of its body are not "
+                "the sum of the uploads"
+            )
+        place += len(piece)
 
 
 def _start(result: Result, pool: _Pool, needed: bool) -> Start | None:
@@ -214,23 +279,6 @@ def _orphans(
         raise VerificationError(error.message, "add --reveals of everyone who is in") from None
 
 
-def check_manifest(job: Job, header: ResultHeader, path: Path) -> None:
-    """Raise FormatError or QuorumError unless a manifest can be one of this job."""
-    everyone = {*header.names, *header.missing}
-    if everyone != set(job.names) or not set(header.contributions) <= everyone:
-        raise FormatError(f"{path}: its manifest is not about this job's roster")
-    first = header.kind == "sum" or header.parent is None
-    if first and header.contributions != dict.fromkeys(header.names, 1):
-        raise VerificationError(f"{path}: its manifest counts contributions that were not made")
-    found = len(header.contributors)
-    enough = results.can_close(job, found) or not (job.masks and header.missing)
-    if found < job.min_contributors or not enough:
-        raise QuorumError(
-            f"{path}: too few contributors: {found} of {len(job.names)} "
-            f"(at least {job.min_contributors})"
-        )
-
-
 def _check_succession(header: ResultHeader, start: Start, path: Path) -> None:
     """Raise VerificationError unless a manifest goes on from what its model starts from."""
     found = (header.contributions, header.initial, header.layout)
@@ -239,57 +287,32 @@ def _check_succession(header: ResultHeader, start: Start, path: Path) -> None:
         raise VerificationError(f"{path}: its manifest does not go on from its parent")
 
 
-def check_grants(header: ReleaseHeader, path: Path) -> None:
-    """Raise VerificationError when a release is granted to somebody who has no right to it."""
-    strangers = set(header.names) - set(header.manifest.contributions) - set(header.admitted)
-    if strangers:
-        raise VerificationError(
-            f"{path}: granted to {', '.join(sorted(strangers))}, who never contributed"
-        )
-    needless = set(header.admitted) & set(header.manifest.contributions)
-    if needless:
-        raise VerificationError(f"{path}: admits {', '.join(sorted(needless))}, who contributed")
-
-
-def open_release(
-    job: Job, path: Path, stack: ExitStack, work: Work
-) -> tuple[Container, ReleaseHeader, str]:
-    """Open a release of this job; check its form, signature, manifest and grants."""
-    container = stack.enter_context(Container(path))
-    header = read_header(container, ("release", "sum", "model"), job.digest)
-    if not isinstance(header, ReleaseHeader):
-        raise FormatError(
-            f"{path}: expected release, found {header.kind}", "release-model comes first"
-        )
-    length = job.groups(header.manifest.values) * job.group_bytes
-    container.require({SEALED: (primitives.sealed_length(length),)})
-    digest = container.verify(header.kind, job.server.sign, work.progress).hex()
-    check_manifest(job, header.manifest, path)
-    check_grants(header, path)
-    return container, header, digest
-
-
 def _verify_release(
-    job: Job, path: Path, pool: _Pool, stack: ExitStack, work: Work
+    job: Job, path: Path, pool: _Pool, key: ReleaseKey | None, stack: ExitStack, work: Work
 ) -> dict[str, Any]:
-    _, header, digest = open_release(job, path, stack, work)
+    release = releases.open_release(job, path, stack, work)
+    releases.check_body(job, release, work)
+    header = release.header
     found: dict[str, Any] = {
-        "digest": digest,
+        "digest": release.digest,
         "round": header.round,
         "signature": "valid",
         "may_open": list(header.names),
         "admitted": list(header.admitted),
-        "result": "not compared: add --model ENC",
-        "recomputed": False,
+        "of": header.of,
     }
-    result = pool.models.get(header.of)
-    if result is not None:
-        pool.used.add(result.path)
-        if result.header != header.manifest:
-            raise VerificationError(f"{path}: its manifest is not that of {result.path}")
-        found["result"] = "the manifest is that of the result it names"
-        verified = _verify_result(job, result.path, pool, stack, work)
-        found |= {name: verified[name] for name in ("product", "recomputed")}
+    found["sealed"] = "not checked: only a participant that it is granted to can (--key)"
+    if key is not None:
+        releases.check_release_proof(job, releases.unseal(job, release, key(release)), work)
+        found["sealed"] = "the server has applied its half to this very result"
+    given = pool.models.get(header.of)
+    if given is not None:
+        pool.used.add(given.path)
+    verified = _verify_chain(job, release.result, pool, work)
+    found |= {name: verified[name] for name in ("product", "rounds_recomputed")}
+    found["recomputed"] = bool(verified["recomputed"]) and key is not None
+    if verified["recomputed"] and key is None:
+        found["product"] = "the result inside is recomputed; the sealed part was not checked"
     return found
 
 

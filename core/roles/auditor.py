@@ -6,21 +6,20 @@ Source: PROTOCOL.md, sections 4 (strong opening, audit check) and 7 (masks).
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from dtl.core.ciphers.cipher import Decoding, Opened, spans
 from dtl.core.crypto import masks, scheme
-from dtl.core.crypto.group import COMPONENTS, PublicKey, StrongTrapdoor
+from dtl.core.crypto.group import PublicKey, StrongTrapdoor
 from dtl.core.crypto.residues import Bytes
-from dtl.core.encoding.fixed_point import Integers
-from dtl.core.errors import DtlError, FormatError, UsageError, VerificationError
+from dtl.core.errors import DtlError, FormatError, UsageError
 from dtl.core.files import tensors
 from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, check_output, read_start
 from dtl.core.files.closing import Reveal, kind_of
-from dtl.core.files.container import PROOF, RESIDUES, Container, Rows, is_container
+from dtl.core.files.container import BODY, PROOF, RESIDUES, Container, Rows, is_container
 from dtl.core.files.headers import ResultHeader, UploadHeader, read_header
 from dtl.core.files.job_file import KGC, Job
 from dtl.core.files.key_file import Key, KgcSecrets
@@ -28,10 +27,12 @@ from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensor_writer import TensorWriter, check_suffix
 from dtl.core.files.tensors import PlainMetadata, VectorDigest
 from dtl.core.parallel import DEFAULT_WORK, Work
-from dtl.core.public import uploads
+from dtl.core.public import releases, uploads
 from dtl.core.public.uploads import Upload
+from dtl.core.roles.verdicts import Measurement, Verdict, ranges
 
 AUDIT_GROUPS = 4  # groups a task
+_KINDS = ("upload", "sum", "model", "release")
 _JSON_START = b"{"
 
 
@@ -46,27 +47,6 @@ class AuditOptions:
     force: bool = False
 
 
-@dataclass
-class Verdict:
-    """What the audit says of one file; `problems` is empty for a good one."""
-
-    file: str
-    kind: str
-    signer: str
-    facts: dict[str, Any] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def plain(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "file": self.file,
-            "kind": self.kind,
-            "signer": self.signer,
-            "verdict": "; ".join(self.problems) or "good",
-            **self.facts,
-        }
-
-
 @dataclass(frozen=True)
 class _Subject:
     """A file under audit."""
@@ -75,6 +55,11 @@ class _Subject:
     header: UploadHeader | ResultHeader
     digest: str
     container: Container
+
+    @property
+    def body(self) -> Rows | None:
+        """Where its body lies, if it has one."""
+        return self.container.bytes_of(BODY) if BODY in self.container.tensors else None
 
 
 def audit(
@@ -115,7 +100,36 @@ def audit(
         for subject in doubtful:
             if auditor.knows(subject.header):
                 verdicts[subject.path] = auditor.judge(subject, None, False)
+        _judge_server(bulk, verdicts)
         return [*verdicts.values(), *(auditor.judge_reveal(*reveal) for reveal in reveals)]
+
+
+def _judge_server(bulk: Sequence[_Subject], verdicts: dict[Path, Verdict]) -> None:
+    """Name the server where it signed two results of one round."""
+    results = [subject for subject in bulk if isinstance(subject.header, ResultHeader)]
+    for subject in results:
+        others = [
+            str(other.path)
+            for other in results
+            if _excludes(subject.header, other.header) and other.digest != subject.digest
+        ]
+        if others:
+            verdicts[subject.path].problems.append(
+                f"the server signed another result of round {subject.header.round}: "
+                f"{', '.join(others)}"
+            )
+
+
+def _excludes(one: UploadHeader | ResultHeader, other: UploadHeader | ResultHeader) -> bool:
+    """Whether an honest server cannot have signed both: one round and base, other contents.
+
+    A sum and a model of one round can both be honest, and so can two results with different
+    uploads where there are no masks.
+    """
+    if not (isinstance(one, ResultHeader) and isinstance(other, ResultHeader)):
+        return False
+    same = ("kind", "round", "parent", "initial", "contributors")
+    return all(getattr(one, name) == getattr(other, name) for name in same)
 
 
 def _is_json(path: Path) -> bool:
@@ -123,24 +137,26 @@ def _is_json(path: Path) -> bool:
 
 
 def _subject(job: Job, path: Path, unsigned: bool, stack: ExitStack, work: Work) -> _Subject:
-    if not unsigned:
-        container = Container(path)
-        with container:
-            kind = read_header(container, ("upload", "sum", "model"), job.digest).kind
-        if kind == "upload":
-            upload = uploads.open_upload(job, path, stack, work)
-            return _Subject(path, upload.header, upload.digest, upload.container)
+    with Container(path) as container:
+        kind = read_header(container, _KINDS, job.digest).kind
+    if kind == "release":  # the signed result inside it is what is judged
+        inside = releases.open_release(job, path, stack, work)
+        return _Subject(path, inside.header.manifest, inside.header.of, inside.container)
+    if kind == "upload" and not unsigned:
+        upload = uploads.open_upload(job, path, stack, work)
+        return _Subject(path, upload.header, upload.digest, upload.container)
     container = stack.enter_context(Container(path))
-    header = read_header(container, ("upload", "sum", "model"), job.digest)
+    header = read_header(container, _KINDS, job.digest)
     if not isinstance(header, UploadHeader | ResultHeader):
-        raise FormatError(f"{path}: expected an upload, sum or model")
-    shape = container.tensors.get(RESIDUES)
-    if shape is None or shape.shape != job.residue_shape(header.values):
-        raise FormatError(f"{path}: expected residues {list(job.residue_shape(header.values))}")
+        raise FormatError(f"{path}: expected an upload, sum, model or release")
+    for name, shape in job.result_shapes(header.values).items():
+        found = container.tensors.get(name)
+        if found is None or found.shape != shape:
+            raise FormatError(f"{path}: expected {name} {list(shape)}")
     if unsigned:
-        digest = container.digest(work.progress)
+        digest = container.digest(work.progress, work.lanes)
     else:
-        digest = container.verify(header.kind, job.server.sign, work.progress)
+        digest = container.verify(header.kind, job.server.sign, work.progress, work.lanes)
     return _Subject(path, header, digest.hex(), container)
 
 
@@ -154,6 +170,7 @@ class _Auditor:
         self._trapdoor = key.trapdoor
         self._exponents = tuple(a + b for a, b in zip(*key.halves, strict=True))
         self._vectors: dict[str, str] = {}  # digest of a base -> what it opened to
+        self._certain: set[str] = set()  # bases whose vector is no claim of a plain file
 
     def learn_bases(
         self, model: Path | None, bulk: Sequence[_Subject], given: _Subject | None
@@ -167,8 +184,10 @@ class _Auditor:
             if isinstance(subject.header, ResultHeader):
                 if subject.header.initial:  # initial weights are what they open to
                     self._vectors[subject.header.initial] = subject.header.initial
+                    self._certain.add(subject.header.initial)
                 if subject.digest in needed:
                     self._vectors[subject.digest] = self._opened_digest(subject)
+                    self._certain.add(subject.digest)
         base = given.digest if given else None
         if model is not None and given is None:
             source = tensors.open_tensors(model)
@@ -185,39 +204,57 @@ class _Auditor:
     def _opened_digest(self, subject: _Subject) -> str:
         """V of what a model opens to."""
         header = subject.header
-        state, left = VectorDigest(header.layout, header.values), header.values
-        for _, blocks, _ in self._open(subject):
-            here = min(left, len(blocks) * self._job.packing.slots)
-            state.update(self._job.packing.unpack(blocks, here))
-            left -= here
+        state = VectorDigest(header.layout, header.values, self._job.slot_bits)
+        for integers in self._decode(subject, []):
+            state.update(integers)
         return state.hexdigest()
 
     def judge(self, subject: _Subject, plaintext: Path | None, force: bool) -> Verdict:
         """The verdict on an upload, a sum or a model, in one pass over it."""
         header = subject.header
         verdict = Verdict(str(subject.path), header.kind, header.signer)
-        verdict.facts |= {"round": header.round, "groups": self._job.groups(header.values)}
+        groups = self._job.codec.groups(header.values)
+        verdict.facts |= {"round": header.round, "groups": groups}
         if isinstance(header, UploadHeader):
             self._judge_proof(subject, header, verdict)
-        values = _Values(self._job, header)
+            self._judge_tag(header, verdict)
+        measured, malformed = Measurement(self._job, header), list[int]()
+        decoding = self._decode(subject, malformed)
         if plaintext is None:
-            malformed = self._measure(subject, values, None)
+            for integers in decoding:
+                measured.add(integers)
         else:
-            metadata = self._metadata(subject, secrets.token_hex(64))
-            with AtomicOutput(plaintext, force, PRIVATE_MODE) as output:
-                with TensorWriter(output, header.layout, metadata) as writer:
-                    malformed = self._measure(subject, values, writer)
-                    if not values.undecodable:
-                        writer.finish(self._metadata(subject, values.state.hexdigest()))
-                if not values.undecodable:
-                    output.commit()
-                    verdict.facts["plaintext"] = str(plaintext)
+            self._write_plaintext(subject, decoding, measured, plaintext, force, verdict)
         verdict.facts["malformed_groups"] = malformed
         if malformed:
-            verdict.problems.append(f"malformed groups: {_ranges(malformed)}")
-        self._judge_masks(header, values, verdict)
-        values.judge(verdict)
+            verdict.problems.append(f"malformed groups: {ranges(malformed)}")
+        self._judge_masks(header, decoding, verdict)
+        self._judge_values(header, decoding, measured, verdict)
         return verdict
+
+    def _write_plaintext(
+        self,
+        subject: _Subject,
+        decoding: Decoding,
+        measured: Measurement,
+        plaintext: Path,
+        force: bool,
+        verdict: Verdict,
+    ) -> None:
+        """Measure all values and write them; nothing is left of a file that does not open."""
+        layout, draft = subject.header.layout, secrets.token_hex(64)
+        metadata = self._metadata(subject, draft, draft)
+        with AtomicOutput(plaintext, force, PRIVATE_MODE) as output:
+            with TensorWriter(output, layout, metadata) as writer:
+                for integers in decoding:
+                    measured.add(integers)
+                    writer.write(self._job.fixed_point.decode(integers))
+                if decoding.good:
+                    opened = measured.state.hexdigest()
+                    writer.finish(self._metadata(subject, opened, writer.content))
+            if decoding.good:
+                output.commit()
+                verdict.facts["plaintext"] = str(plaintext)
 
     def knows(self, header: UploadHeader | ResultHeader) -> bool:
         """Whether it is certain what the base of an upload opened to."""
@@ -236,31 +273,32 @@ class _Auditor:
             verdict.problems.append(problem + self._doubt(reveal.base))
         return verdict
 
-    def _open(self, subject: _Subject) -> Iterator[tuple[int, Bytes, list[int]]]:
-        """(first group, blocks [7 G, block width], malformed groups), a few groups at a time."""
+    def _decode(self, subject: _Subject, malformed: list[int]) -> Decoding:
+        """The integers of a file without its masks; groups that are not well-formed are noted."""
+        header, body = subject.header, subject.body
+        return self._job.codec.decode(
+            bytes.fromhex(self._job.digest),
+            header.values,
+            header.uploads if isinstance(header, ResultHeader) else 1,
+            self._open(subject, malformed),
+            body.read if body else None,
+            self._mask_keys(header),
+            lambda function, tasks, total: self._work.map(
+                f"open {subject.path.name}", function, tasks, total, threads=True
+            ),
+        )
+
+    def _open(self, subject: _Subject, malformed: list[int]) -> Iterator[Opened]:
+        """The blocks of a file, opened with the strong trapdoor, a few groups at a time."""
         rows = subject.container.rows(RESIDUES)
-        pieces = uploads.spans(self._job.groups(subject.header.values), AUDIT_GROUPS)
+        pieces = spans(self._job.codec.groups(subject.header.values), AUDIT_GROUPS)
         common = (self._job.public_key, self._trapdoor, self._exponents, rows)
         tasks = ((*common, *piece) for piece in pieces)
         step = f"open {subject.path.name}"
         # The strong trapdoor's powers are gmpy2's.
-        results = self._work.map(step, _open_chunk, tasks, len(pieces), kernel=False)
-        for (first, _), (blocks, malformed) in zip(pieces, results, strict=True):
-            yield first, blocks, malformed
-
-    def _measure(
-        self, subject: _Subject, values: "_Values", writer: TensorWriter | None
-    ) -> list[int]:
-        """Take masks off, decode and measure all values; returns the malformed groups."""
-        malformed: list[int] = []
-        keys = self._mask_keys(subject.header)
-        for first, blocks, bad in self._open(subject):
+        for blocks, bad in self._work.map(step, _open_chunk, tasks, len(pieces), kernel=False):
             malformed += bad
-            bare = masks.add_masks(blocks, keys, first * COMPONENTS, self._job.N)
-            integers = values.add(first, bare)
-            if writer and integers is not None and not values.undecodable:
-                writer.write(self._job.fixed_point.decode(integers))
-        return malformed
+            yield blocks, np.ones(len(blocks), np.bool_)
 
     def _judge_proof(self, subject: _Subject, header: UploadHeader, verdict: Verdict) -> None:
         if PROOF not in subject.container.tensors:
@@ -275,23 +313,62 @@ class _Auditor:
             verdict.facts["proof"] = "does not hold"
             verdict.problems.append(error.message.removeprefix(f"{subject.path}: "))
 
+    def _judge_tag(self, header: UploadHeader, verdict: Verdict) -> None:
+        """Whether the participant's base opened, for it, to what was really released."""
+        if header.base is None or header.base not in self._vectors:
+            return
+        seed = masks.audit_seed(self._secrets.mask_root, bytes.fromhex(self._job.id), header.signer)
+        base, opened = header.base, self._vectors[header.base]
+        tag = masks.opened_tag(seed, header.round, bytes.fromhex(base), bytes.fromhex(opened))
+        verdict.facts["base_opened_to"] = "what was released"
+        if tag.hex() != header.opened_tag:
+            verdict.facts["base_opened_to"] = "something else"
+            doubt = (
+                f"the fault is {header.signer}'s own, unless it shows a release by the server "
+                "that opens to something else"
+                if base in self._certain
+                else "or --model is not what was released: give the encrypted model instead"
+            )
+            verdict.problems.append(
+                f"worked on another model than the one that {base[:16]}... opens to; {doubt}"
+            )
+
     def _judge_masks(
-        self, header: UploadHeader | ResultHeader, values: "_Values", verdict: Verdict
+        self, header: UploadHeader | ResultHeader, decoding: Decoding, verdict: Verdict
     ) -> None:
         if not isinstance(header, UploadHeader):
             return
         if not header.masked:
             verdict.facts["masks"] = "none"
-        elif not values.undecodable:
+        elif decoding.good:
             verdict.facts["masks"] = "as they should be"
             if header.base:  # so what was assumed of the base is true
                 self._vectors.setdefault(header.base, header.base)
         else:
             doubt = self._doubt(header.base)
             verdict.facts["masks"] = "unknown" if doubt else "wrong"
-            verdict.facts["wrongly_masked_groups"] = values.undecodable
-            where = _ranges(values.undecodable)
-            verdict.problems.append(f"wrong masks in groups {where}{doubt}")
+            verdict.problems.append(f"wrong masks in {_places(decoding)}{doubt}")
+
+    def _judge_values(
+        self,
+        header: UploadHeader | ResultHeader,
+        decoding: Decoding,
+        measured: Measurement,
+        verdict: Verdict,
+    ) -> None:
+        verdict.facts["opens"] = decoding.good
+        if decoding.good:
+            measured.judge(verdict)
+            return
+        verdict.facts["undecodable_groups"] = decoding.bad_groups
+        if self._job.codec.body_bytes(header.values):
+            verdict.facts["undecodable_polynomials"] = decoding.bad_polynomials
+        verdict.problems.append(f"cannot be opened: {_places(decoding)}")
+        if isinstance(header, ResultHeader):
+            verdict.problems.append(
+                "masks do not cancel, or an upload is spoiled: audit the uploads and reveals "
+                "of the round to see whose"
+            )
 
     def _doubt(self, base: str | None) -> str:
         """What to add to an accusation that rests on a guess about the base."""
@@ -324,7 +401,7 @@ class _Auditor:
             bytes.fromhex(self._job.roster_digest),
         )
 
-    def _metadata(self, subject: _Subject, opened: str) -> PlainMetadata | None:
+    def _metadata(self, subject: _Subject, opened: str, content: str) -> PlainMetadata | None:
         if subject.header.kind != "model":
             return None
         return PlainMetadata(
@@ -333,71 +410,8 @@ class _Auditor:
             round=subject.header.round,
             base=subject.digest,
             opened=opened,
+            content=content,
         )
-
-
-class _Values:
-    """The values of a file, measured batch by batch."""
-
-    def __init__(self, job: Job, header: UploadHeader | ResultHeader) -> None:
-        fixed_point = job.fixed_point
-        limits = {
-            "upload": fixed_point.max_step,
-            "sum": fixed_point.max_sum,
-            "model": fixed_point.max_value,
-        }
-        self._job, self._header, self._limit = job, header, limits[header.kind]
-        self._left = header.values
-        self._smallest = self._largest = self._at_limit = self._beyond = 0
-        self._squares = 0.0
-        self.undecodable: list[int] = []
-        self.state = VectorDigest(header.layout, header.values)
-
-    def add(self, first: int, blocks: Bytes) -> Integers | None:
-        """Measure the groups from `first` on; None where they do not decode."""
-        packing = self._job.packing
-        here = min(self._left, len(blocks) * packing.slots)
-        self._left -= here
-        try:
-            integers = packing.unpack(blocks, here)
-        except VerificationError:
-            step = COMPONENTS * packing.slots
-            for number, group in enumerate(blocks.reshape(-1, COMPONENTS, blocks.shape[-1])):
-                try:
-                    packing.unpack(group, max(0, min(step, here - number * step)))
-                except VerificationError:
-                    self.undecodable.append(first + number)
-            return None
-        self._smallest = min(self._smallest, int(integers.min(initial=0)))
-        self._largest = max(self._largest, int(integers.max(initial=0)))
-        self._squares += float(np.square(integers.astype(np.float64)).sum())
-        self._at_limit += int((np.abs(integers) == self._limit).sum())
-        self._beyond += int((np.abs(integers) > self._limit).sum())
-        self.state.update(integers)
-        return integers
-
-    def judge(self, verdict: Verdict) -> None:
-        """Add what was measured to a verdict."""
-        one = self._job.fixed_point.one
-        verdict.facts["opens"] = not self.undecodable
-        if self.undecodable:
-            verdict.facts["undecodable_groups"] = self.undecodable
-            verdict.problems.append(f"cannot be opened: groups {_ranges(self.undecodable)}")
-            if isinstance(self._header, ResultHeader):
-                verdict.problems.append(
-                    "masks do not cancel, or an upload is spoiled: audit the uploads and reveals "
-                    "of the round to see whose"
-                )
-            return
-        verdict.facts |= {
-            "smallest": self._smallest / one,
-            "largest": self._largest / one,
-            "norm": self._squares**0.5 / one,
-            "share_clamped": self._at_limit / self._header.values,
-            "share_out_of_range": self._beyond / self._header.values,
-        }
-        if self._beyond:
-            verdict.problems.append(f"{self._beyond} values beyond +-{self._limit / one:g}")
 
 
 def _open_chunk(
@@ -408,23 +422,23 @@ def _open_chunk(
     first: int,
     count: int,
 ) -> tuple[Bytes, list[int]]:
-    """Strongly opened blocks [7 G, block width], and the groups that are not well-formed.
+    """Strongly opened blocks [G, 7, block width], and the groups that are not well-formed.
 
-    The audit check of a group: (c_j (1 + m_j N)^-1)^2 = (c_0^(a_j + b_j))^2.
+    The audit check of a group: (c_j (1 + m_j N)^-1)^2 = lift(c_0)^(2 (a_j + b_j)).
     """
     residues = uploads.read_groups(key, rows, first, count)
+    scheme.check(key, residues)
     blocks = scheme.strong_open(trapdoor, residues[:, 1:])
     good = scheme.well_formed(key, residues, blocks, exponents)
     malformed = [first + int(index) for index in np.flatnonzero(~good)]
-    return blocks.reshape(-1, blocks.shape[-1]), malformed
+    return blocks, malformed
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    """Sorted numbers as text: 0-3, 7."""
-    parts: list[list[int]] = []
-    for number in numbers:
-        if parts and number == parts[-1][1] + 1:
-            parts[-1][1] = number
-        else:
-            parts.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+def _places(decoding: Decoding) -> str:
+    """Where a vector does not open, as text."""
+    parts = []
+    if decoding.bad_groups:
+        parts.append(f"groups {ranges(decoding.bad_groups)}")
+    if decoding.bad_polynomials:
+        parts.append(f"polynomials {ranges(decoding.bad_polynomials)} of the body")
+    return " and ".join(parts)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import count, repeat
 from pathlib import Path
 
+from dtl.core import defaults
+from dtl.core.ciphers import check_cipher
 from dtl.core.crypto import masks, primitives
 from dtl.core.crypto.group import (
     SECURE_SIZES,
@@ -45,6 +47,7 @@ class JobOptions:
     fraction_bits: int
     min_contributors: int
     masks: bool
+    cipher: str = defaults.CIPHER
     insecure: bool = False
     keep_master: bool = True
 
@@ -73,6 +76,7 @@ class JobOptions:
         check_modulus_bits(self.modulus_bits, self.insecure)
         FixedPoint(self.slot_bits, self.fraction_bits, len(names))
         Packing(1 << (self.modulus_bits - 1), self.slot_bits)
+        check_cipher(self.cipher)
 
 
 def generate_job(
@@ -145,6 +149,7 @@ def _make_documents(
         name: key_file.ParticipantSecrets(
             participant_seed=center.participant_seed,
             mask_seeds=_mask_seeds(center.mask_root, job_id, name, names) if options.masks else {},
+            audit_seed=masks.audit_seed(center.mask_root, job_id, name),
             sign=_fresh(),
             hpke=primitives.hpke_generate(),
         )
@@ -159,9 +164,11 @@ def _make_documents(
         "format": FORMAT,
         "id": job_id.hex(),
         "security": security_of(options.modulus_bits),
+        "cipher": options.cipher,
         "N": f"{public.n:x}",
-        "g": f"{public.g:x}",
+        "gamma": f"{public.gamma:x}",
         "h": [f"{value:x}" for value in public.h],
+        "A": [f"{value:x}" for value in public.server],
         "slot_bits": options.slot_bits,
         "fraction_bits": options.fraction_bits,
         "min_contributors": options.min_contributors,

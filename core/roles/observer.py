@@ -10,12 +10,12 @@ from dtl.core.files.closing import Close, Reveal, kind_of
 from dtl.core.files.container import Container, is_container
 from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
 from dtl.core.files.job_file import Job
-from dtl.core.files.schema import FORMAT
+from dtl.core.files.schema import FORMAT, OLDER
 from dtl.core.files.shards import is_shard, load_shard
 from dtl.core.parallel import Work
 from dtl.core.progress import ProgressCallback, silent
 from dtl.core.public import verification
-from dtl.core.public.verification import Evidence
+from dtl.core.public.verification import Evidence, ReleaseKey
 
 Description = dict[str, Any]
 _ZIP_MAGIC = b"PK"
@@ -40,7 +40,7 @@ def _document(path: Path, job: Job | None) -> Description:
     data = read_file(path, job_file.MAX_DOCUMENT_BYTES)
     if ledger.is_ledger(data):
         return _ledger(path, data)
-    if FORMAT.encode() not in data:
+    if FORMAT.encode() not in data and OLDER.encode() not in data:
         raise FormatError(
             f"{path}: not a file that dtl inspects: expected one of {FORMAT}, found other JSON"
         )
@@ -71,7 +71,7 @@ def _job(job: Job) -> Description:
         "modulus_bits": job.public_key.modulus_bits,
         "slot_bits": job.slot_bits,
         "fraction_bits": job.fraction_bits,
-        "slots_per_block": job.packing.slots,
+        "cipher": job.cipher,
         "largest_contribution": job.fixed_point.max_step / job.fixed_point.one,
         "largest_weight": job.fixed_point.max_value / job.fixed_point.one,
         "masks": job.masks,
@@ -144,6 +144,7 @@ def _plain(path: Path) -> Description:
         }
         if known:
             described |= {"round": known.round, "base": known.base, "opened": known.opened}
+            described |= {"content": known.content}
         return described
     finally:
         source.close()
@@ -164,18 +165,24 @@ def _bulk(path: Path, job: Job | None, progress: ProgressCallback) -> Descriptio
         match header:
             case UploadHeader():
                 described |= {"base": header.base, "masked": header.masked}
-                described |= _vector(header)
+                described |= {"parts": _parts(container), **_vector(header)}
             case ResultHeader():
-                described |= _result(header)
+                described |= {"parts": _parts(container), **_result(header)}
             case ReleaseHeader():
                 described |= {
                     "of": header.of,
                     "may_open": {name: _reason(header, name) for name in header.names},
                     "admitted": list(header.admitted),
+                    "parts": _parts(container),
                     "manifest": _result(header.manifest),
                 }
         described["signature"] = _signature(container, header.signer, header.kind, job)
     return described
+
+
+def _parts(container: Container) -> Description:
+    """The bytes of each part of a bulk file."""
+    return {name: container.tensors[name].length for name in sorted(container.tensors)}
 
 
 def _vector(header: UploadHeader | ResultHeader) -> Description:
@@ -202,7 +209,13 @@ def _reason(header: ReleaseHeader, name: str) -> str:
     return f"contributed to {rounds} round{'s' if rounds > 1 else ''} of this model"
 
 
-def verify(path: Path, job: Job, evidence: Evidence, work: Work) -> Description:
+def verify(
+    path: Path,
+    job: Job,
+    evidence: Evidence,
+    work: Work,
+    release_key: ReleaseKey | None = None,
+) -> Description:
     """Verify any signed file; see `dtl.core.public.verification`."""
     start = read_start(path, len(_ZIP_MAGIC))
     if start.startswith(_JSON_START):
@@ -216,7 +229,7 @@ def verify(path: Path, job: Job, evidence: Evidence, work: Work) -> Description:
         with Container(path) as container:
             header = read_header(container, ("upload", "sum", "model", "release"), job.digest)
             kind = header.kind
-    return verification.verify(path, kind, job, evidence, work)
+    return verification.verify(path, kind, job, evidence, work, release_key)
 
 
 def _signature(container: Container, signer: str, kind: str, job: Job | None) -> str:

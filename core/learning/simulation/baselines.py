@@ -148,7 +148,8 @@ class Twin:
 
     def _digest(self, integers: Integers) -> str:
         layout = make_layout(self.initial, mlp.DTYPE)
-        state = VectorDigest(layout, sum(spec.values for spec in layout))
+        values = sum(spec.values for spec in layout)
+        state = VectorDigest(layout, values, self._fixed_point.slot_bits)
         for spec in layout:
             state.update(integers[spec.name].ravel())
         return state.hexdigest()

@@ -1,14 +1,24 @@
 """A participant: encrypts its gradients, reveals masks, opens what was released to it."""
 
 from dtl.core.roles.participant.encrypting import UploadOptions, UploadReport, encrypt_gradients
-from dtl.core.roles.participant.opening import OpenReport, open_release
+from dtl.core.roles.participant.opening import (
+    OpenOptions,
+    OpenReport,
+    content_key,
+    open_release,
+)
 from dtl.core.roles.participant.revealing import reveal_masks
+from dtl.core.roles.participant.stepping import StepOptions, record_model
 
 __all__ = [
+    "OpenOptions",
     "OpenReport",
+    "StepOptions",
     "UploadOptions",
     "UploadReport",
+    "content_key",
     "encrypt_gradients",
     "open_release",
+    "record_model",
     "reveal_masks",
 ]

@@ -1,4 +1,9 @@
-"""A participant opens what was released to it (protocol, section 8, step 4)."""
+"""A participant opens what was released to it (protocol, section 8, step 4).
+
+Everything that can be checked from public values is checked before this party's half is used.
+After that, every check is computed to the end and all failures are one: a server that could
+tell them apart would learn something of the half from each.
+"""
 
 import secrets
 from collections.abc import Iterator
@@ -8,90 +13,111 @@ from pathlib import Path
 
 import numpy as np
 
+from dtl.core.ciphers.cipher import Opened
 from dtl.core.crypto import primitives, scheme
-from dtl.core.crypto.group import COMPONENTS, PublicKey
+from dtl.core.crypto.group import PublicKey
 from dtl.core.crypto.residues import Bytes
-from dtl.core.encoding.fixed_point import headroom_exhausted
-from dtl.core.errors import (
-    NotAllowedError,
-    VerificationError,
-)
+from dtl.core.errors import NotAllowedError, VerificationError
 from dtl.core.files import sealed
 from dtl.core.files.atomic import PRIVATE_MODE, AtomicOutput, check_output
-from dtl.core.files.headers import (
-    Grant,
-    ReleaseHeader,
-    ResultHeader,
-)
-from dtl.core.files.key_file import Key, ParticipantSecrets
-from dtl.core.files.ledger import Ledger, OpenEntry, UploadEntry
+from dtl.core.files.headers import Grant, ReleaseHeader, ResultHeader
+from dtl.core.files.key_file import Key
+from dtl.core.files.ledger import Ledger, OpenEntry, TriedEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensor_writer import TensorWriter, check_suffix
 from dtl.core.files.tensors import PlainMetadata, VectorDigest
 from dtl.core.parallel import DEFAULT_WORK, Work
-from dtl.core.public import verification
+from dtl.core.public import releases, uploads, verification
+from dtl.core.public.releases import Release, Sealed
+from dtl.core.public.verification import Evidence
 
-OPEN_GROUPS = 16  # groups a task
+_HINT = (
+    "an upload is spoiled, the server made a wrong result, or a value left the range of the job "
+    "or of its dtype; dtl audit by the key generation center says which"
+)
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """How much to check, and whether to go on after an attempt that did not open.
+
+    With `evidence` (uploads, the model before, reveals) the result is recomputed first.
+    """
+
+    evidence: Evidence | None = None
+    after_failure: bool = False
 
 
 @dataclass(frozen=True)
 class OpenReport:
-    """What `open_release` did."""
+    """What `open_release` did; `recomputed` says whether the result was recomputed before."""
 
     header: ReleaseHeader
     opened: str
+    recomputed: bool
 
 
 def open_release(
     key: Key,
-    release: Path,
+    path: Path,
     output: Path,
+    options: OpenOptions | None = None,
     force: bool = False,
     work: Work = DEFAULT_WORK,
 ) -> OpenReport:
-    """Check a release, take this party's half off, and decode (protocol, section 8, step 4).
+    """Check a release, apply this party's half, and decode (protocol, section 8, step 4).
 
-    Raises NotAllowedError without a grant, VerificationError for anything tampered with or
-    contradicting this participant's ledger, NumericError when headroom is exhausted.
+    Raises NotAllowedError without a grant or after a failed attempt, VerificationError for
+    anything that was tampered with, contradicts this participant's ledger, or does not open.
     """
+    options = options or OpenOptions()
     key.require("participant")
     check_suffix(output)
     check_output(output, force)
     job = key.job
     with ExitStack() as stack:
-        container, header, _ = verification.open_release(job, release, stack, work)
-        grant = _own_grant(key, header, release)
-        shape = job.residue_shape(header.manifest.values)
-        length = shape[0] * job.group_bytes
+        release = releases.open_release(job, path, stack, work)
+        _own_grant(key, release.header, path)
         with Ledger(key) as ledger:
-            _check_history(ledger, header, key.name, release)
-            core = sealed.release_core(header.manifest, header.names, shape, header.commit)
-            encryption_key = _unwrap(key, header, grant, core, release)
-            # Nothing of the payload is used before all of it has been checked.
-            for _ in sealed.open_stream(container, encryption_key, core, length):
-                pass
-            payload = sealed.open_stream(container, encryption_key, core, length)
+            _check_history(ledger, release.header, key.name, path)
+            _check_attempts(ledger, release, options.after_failure)
+            part = releases.unseal(job, release, content_key(key, release))
+            releases.check_body(job, release, work)
+            releases.check_release_proof(job, part, work)
+            recomputed = options.evidence is not None and verification.recompute(
+                job, release.result, options.evidence, stack, work
+            )
+            known = ledger.find(OpenEntry, result=release.header.of)
             with AtomicOutput(output, force, PRIVATE_MODE) as file:
-                opened = _decode(key, header, payload, file, release, work)
-                known = ledger.find(OpenEntry, result=header.of)
-                if known and known[0].opened != opened:
-                    raise VerificationError(
-                        f"{release}: {header.of[:16]}... was opened with another content"
-                    )
+                _record_attempt(ledger, release, options.after_failure)
+                decoded = _decode(key, part, file, work)
+                if known and (known[0].opened, known[0].content) != decoded:
+                    raise _cannot_open(path)
+                opened, content = decoded
                 file.sync()
                 if not known:
                     ledger.append(
                         OpenEntry(
                             event="open",
-                            round=header.round,
-                            result=header.of,
-                            parent=header.manifest.parent,
+                            round=release.header.round,
+                            kind=release.header.manifest.kind,
+                            result=release.header.of,
+                            parent=release.header.manifest.parent,
                             opened=opened,
-                            admitted=header.admitted,
+                            content=content,
+                            admitted=release.header.admitted,
                         )
                     )
                 file.commit()
-    return OpenReport(header, opened)
+    return OpenReport(release.header, opened, recomputed)
+
+
+def _cannot_open(path: Path) -> VerificationError:
+    """The one error of everything that fails once this party's half has been used."""
+    return VerificationError(f"{path}: the result cannot be opened", _HINT)
+
+
+# --- before the half is used ------------------------------------------------------------------
 
 
 def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Path) -> None:
@@ -121,6 +147,52 @@ def _check_history(ledger: Ledger, header: ReleaseHeader, name: str, release: Pa
             raise VerificationError(f"{release}: its successor is of an earlier round")
 
 
+def _check_attempts(ledger: Ledger, release: Release, after_failure: bool) -> None:
+    """One attempt a round, whatever came of it; after a failure, nothing but the same file.
+
+    Raises VerificationError for another result of a round that was tried, NotAllowedError
+    for another release after an attempt that did not open, unless `after_failure`.
+    """
+    header = release.header
+    for tried in ledger.find(TriedEntry, round=header.round):
+        if tried.result != header.of:
+            raise VerificationError(
+                f"{release.path}: another result of round {header.round} was tried before",
+                f"this participant applied its half to {tried.result[:16]}... for that round",
+            )
+    failed = failed_attempts(ledger)
+    if failed and not after_failure and release.digest not in {t.release for t in failed}:
+        raise NotAllowedError(
+            f"{release.path}: an attempt to open round {failed[-1].round} has failed before",
+            "find out why (dtl audit); then --after-failure goes on. Every attempt that fails "
+            "can tell the server one bit",
+        )
+
+
+def failed_attempts(ledger: Ledger) -> list[TriedEntry]:
+    """The attempts that did not open, since the operator last said to go on after a failure."""
+    opened = {entry.result for entry in ledger.find(OpenEntry)}
+    attempts = ledger.find(TriedEntry)
+    last = max((i for i, entry in enumerate(attempts) if entry.after_failure), default=0)
+    return [entry for entry in attempts[last:] if entry.result not in opened]
+
+
+def _record_attempt(ledger: Ledger, release: Release, after_failure: bool) -> None:
+    """Write down, durably, that this party's half is about to be used on a release."""
+    going_on = after_failure and bool(failed_attempts(ledger))
+    if ledger.find(TriedEntry, release=release.digest) and not going_on:
+        return
+    ledger.append(
+        TriedEntry(
+            event="tried",
+            round=release.header.round,
+            result=release.header.of,
+            release=release.digest,
+            after_failure=going_on,
+        )
+    )
+
+
 def _why_left_out(manifest: ResultHeader, name: str) -> str:
     """What to tell a participant whose upload is not in a result."""
     if name in manifest.missing:
@@ -141,91 +213,89 @@ def _own_grant(key: Key, header: ReleaseHeader, release: Path) -> Grant:
     )
 
 
-def _unwrap(key: Key, header: ReleaseHeader, grant: Grant, core: bytes, release: Path) -> bytes:
-    own = key.job.participant(key.name)
-    if own is None or not isinstance(key.secrets, ParticipantSecrets):
+def content_key(key: Key, release: Release) -> bytes:
+    """The encryption key of a release's sealed part, from this participant's own grant.
+
+    Raises NotAllowedError without a grant, VerificationError for a content key that is not
+    the one committed to.
+    """
+    job, header = key.job, release.header
+    grant = _own_grant(key, header, release.path)
+    own = job.participant(key.name)
+    if own is None:
         raise NotAllowedError(f"{key.path}: expected a participant's key")
-    info = sealed.grant_info(core, key.name, own.hpke, key.job.server.sign)
-    content_key = primitives.hpke_unwrap(key.secrets.hpke, grant.wrapped, info)
-    if len(content_key) != primitives.KEY_BYTES:
-        raise VerificationError(f"{release}: the content key has the wrong length")
-    encryption_key, commit = sealed.content_keys(content_key)
+    info = sealed.grant_info(release.core(job), key.name, own.hpke, job.server.sign)
+    unwrapped = primitives.hpke_unwrap(key.participant_secrets.hpke, grant.wrapped, info)
+    if len(unwrapped) != primitives.KEY_BYTES:
+        raise VerificationError(f"{release.path}: the content key has the wrong length")
+    encryption_key, commit = sealed.content_keys(unwrapped)
     if not primitives.equal_secrets(commit, header.commit):
-        raise VerificationError(f"{release}: the content key is not the one committed to")
+        raise VerificationError(f"{release.path}: the content key is not the one committed to")
     return encryption_key
 
 
-def _decode(
-    key: Key,
-    header: ReleaseHeader,
-    payload: Iterator[bytes],
-    file: AtomicOutput,
-    release: Path,
-    work: Work,
-) -> str:
-    """Open the payload into `file`; returns the digest V of the opened integers."""
-    job, manifest = key.job, header.manifest
+# --- with the half --------------------------------------------------------------------------
+
+
+def _decode(key: Key, part: Sealed, file: AtomicOutput, work: Work) -> tuple[str, str]:
+    """Open a result into `file`; returns V of its integers and the content of its tensors.
+
+    Computes everything to the end, whatever it meets; only then it fails, with one text.
+    """
+    job, manifest = key.job, part.release.header.manifest
     fixed_point = job.fixed_point
     model = manifest.kind == "model"
     limit = fixed_point.max_value if model else fixed_point.max_sum
-    state = VectorDigest(manifest.layout, manifest.values)
+    state = VectorDigest(manifest.layout, manifest.values, job.slot_bits)
 
-    def metadata(opened: str) -> PlainMetadata:
+    def metadata(opened: str, content: str) -> PlainMetadata:
         return PlainMetadata(
             format=FORMAT,
             kind="weights" if model else "sum",
-            round=header.round,
-            base=header.of,
+            round=manifest.round,
+            base=part.release.header.of,
             opened=opened,
+            content=content,
         )
 
-    left = manifest.values
-    with TensorWriter(file, manifest.layout, metadata(secrets.token_hex(64))) as writer:
-        for blocks in _opened_blocks(key, payload, manifest, work):
-            count = min(left, len(blocks) * job.packing.slots)
-            try:
-                integers = job.packing.unpack(blocks, count)
-            except VerificationError as error:
-                raise VerificationError(f"{release}: {error.message}") from None
-            if (np.abs(integers) > limit).any():
-                raise headroom_exhausted(fixed_point, "a value of the result")
-            left -= count
+    body = part.release.result.body
+    decoding = job.codec.decode(
+        bytes.fromhex(job.digest),
+        manifest.values,
+        manifest.uploads,
+        _opened(key, part, work),
+        body.read if body else None,
+        (),
+        lambda function, tasks, total: work.map(
+            "open", function, tasks, total, values=manifest.values, threads=job.codec.threads
+        ),
+    )
+    within = True
+    draft = metadata(secrets.token_hex(64), secrets.token_hex(64))
+    with TensorWriter(file, manifest.layout, draft, strict=False) as writer:
+        for integers in decoding:
+            within &= bool((np.abs(integers) <= limit).all())
             state.update(integers)
             writer.write(fixed_point.decode(integers))
-        opened = state.hexdigest()
-        writer.finish(metadata(opened))
-    return opened
+        opened, content = state.hexdigest(), writer.content
+        writer.finish(metadata(opened, content))
+    if not (decoding.good and within and not writer.overflowed):
+        raise _cannot_open(part.release.path)
+    return opened, content
 
 
-def _opened_blocks(
-    key: Key,
-    payload: Iterator[bytes],
-    manifest: ResultHeader,
-    work: Work,
-) -> Iterator[Bytes]:
-    """Blocks [7 G, block width], OPEN_GROUPS groups at a time."""
-    job = key.job
-    size = OPEN_GROUPS * job.group_bytes
-    half = key.half
-    tasks = ((job.public_key, half, piece) for piece in _cut(payload, size))
-    total = -(-job.groups(manifest.values) // OPEN_GROUPS)
-    yield from work.map("apply the own half", _open_chunk, tasks, total, values=manifest.values)
+def _opened(key: Key, part: Sealed, work: Work) -> Iterator[Opened]:
+    """The blocks of a result after both halves, a few groups at a time, and which opened."""
+    public, half, rows = key.job.public_key, key.half, part.release.result.rows
+    tasks = (
+        (public, half, uploads.read_groups(public, rows, first, len(pieces)), pieces)
+        for first, pieces in releases.opened_pieces(key.job, part, releases.HALF_GROUPS)
+    )
+    total = -(-part.groups // releases.HALF_GROUPS)
+    yield from work.map("apply this participant's half", _open_chunk, tasks, total)
 
 
-def _open_chunk(key: PublicKey, half: tuple[int, ...], data: bytes) -> Bytes:
-    width = key.arithmetic.width
-    residues = np.frombuffer(data, np.uint8).reshape(-1, COMPONENTS + 1, width)
-    blocks = scheme.open_blocks(key, scheme.apply_half(key, residues, half))
-    return blocks.reshape(-1, blocks.shape[-1])
-
-
-def _cut(pieces: Iterator[bytes], size: int) -> Iterator[bytes]:
-    """Cut a stream of bytes anew: all pieces have `size` bytes but the last."""
-    held = bytearray()
-    for piece in pieces:
-        held += piece
-        while len(held) >= size:
-            yield bytes(held[:size])
-            del held[:size]
-    if held:
-        yield bytes(held)
+def _open_chunk(key: PublicKey, half: tuple[int, ...], residues: Bytes, opened: Bytes) -> Opened:
+    """Blocks of groups whose components c'_j are given instead of c_j."""
+    ready = np.concatenate([residues[:, :1], opened], axis=1)
+    return scheme.open_each(key, scheme.apply_half(key, ready, half))

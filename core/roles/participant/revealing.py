@@ -15,7 +15,7 @@ from dtl.core.files.headers import (
     now,
 )
 from dtl.core.files.key_file import Key
-from dtl.core.files.ledger import Ledger, OpenEntry, RevealEntry, UploadEntry
+from dtl.core.files.ledger import Ledger, OpenEntry, RevealEntry, TriedEntry, UploadEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.public import results
 from dtl.core.roles.participant.basis import Basis, round_key
@@ -87,6 +87,8 @@ def _check_still_open(ledger: Ledger, sent: UploadEntry, path: Path) -> None:
     """
     if ledger.find(OpenEntry, round=sent.round):
         raise NotAllowedError(f"{path}: the result of round {sent.round} was opened already")
+    if ledger.find(TriedEntry, round=sent.round):  # whoever spoiled it may know what it holds
+        raise NotAllowedError(f"{path}: the result of round {sent.round} was tried already")
     later = [e for e in ledger.find(UploadEntry) if e.round > sent.round]
     if any(sent.base is not None and entry.base == sent.base for entry in later):
         raise NotAllowedError(f"{path}: round {sent.round} was void, and was begun anew since")

@@ -10,7 +10,7 @@ from dtl.core.errors import FormatError, NotAllowedError, QuorumError, UsageErro
 from dtl.core.files import canonical_json
 from dtl.core.files.atomic import AtomicOutput, check_output
 from dtl.core.files.closing import Close, Reveal
-from dtl.core.files.container import RESIDUES, ContainerWriter
+from dtl.core.files.container import BODY, RESIDUES, ContainerWriter
 from dtl.core.files.headers import ResultHeader, now
 from dtl.core.files.job_file import SERVER, Job
 from dtl.core.files.key_file import Key
@@ -80,10 +80,11 @@ def aggregate(
         if before:  # the same result again is the same file
             header = header.model_copy(update={"created": before[0].created})
         with AtomicOutput(output, force) as file:
-            shape = job.residue_shape(header.values)
-            writer = ContainerWriter(file, header.encode(), {RESIDUES: shape})
-            for piece in results.products(job, accepted, start, orphans, work):
+            writer = ContainerWriter(file, header.encode(), job.result_shapes(header.values))
+            for piece in results.residues(job, accepted, start, orphans, work):
                 writer.write(RESIDUES, piece)
+            for piece in results.bodies(job, accepted, start, orphans, work):
+                writer.write(BODY, piece)
             digest = writer.finish(header.kind, key.secrets.sign)
             file.sync()
             if not before:

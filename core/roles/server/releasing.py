@@ -1,27 +1,36 @@
-"""The server takes its half off and seals the result (protocol, sections 8.3 and 9)."""
+"""The server applies its half and seals the result (protocol, sections 8.3, 9 and 11)."""
 
+import hashlib
+import math
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from dtl.core.crypto import primitives, scheme
+from dtl.core.ciphers.cipher import spans
+from dtl.core.crypto import primitives, release_proof, scheme
 from dtl.core.crypto.group import PublicKey
 from dtl.core.errors import FormatError, NotAllowedError, UsageError
 from dtl.core.files import sealed
 from dtl.core.files.atomic import AtomicOutput, check_output
-from dtl.core.files.container import SEALED, Container, ContainerWriter, Rows
+from dtl.core.files.container import (
+    BODY,
+    RESIDUES,
+    SEALED,
+    Container,
+    ContainerWriter,
+    Rows,
+)
 from dtl.core.files.headers import Grant, ReleaseHeader, ResultHeader, now, read_header
 from dtl.core.files.job_file import SERVER, Job
 from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import AggregateEntry, Ledger, ReleaseEntry
 from dtl.core.files.schema import FORMAT
 from dtl.core.parallel import DEFAULT_WORK, Work
-from dtl.core.public import results, uploads
-
-HALF_GROUPS = 16  # groups a task
+from dtl.core.public import releases, results, uploads
+from dtl.core.public.results import Result
 
 
 @dataclass(frozen=True)
@@ -58,7 +67,7 @@ def release(
     force: bool = False,
     work: Work = DEFAULT_WORK,
 ) -> ReleaseReport:
-    """Take the server's half off a result and seal it for those who contributed.
+    """Apply the server's half to a result and seal it for those who contributed.
 
     Protocol, section 8, step 3, and section 9. NotAllowedError for anybody who neither
     contributed nor can be admitted, and for a second, different result of a round or base.
@@ -77,10 +86,16 @@ def release(
         names = tuple(sorted({*_grants(job, found, digest, policy, ledger), *admitted}))
         _check_only_result(ledger, found, digest, policy.accept_differencing)
 
-        shape = job.residue_shape(found.values)
         content_key = secrets.token_bytes(primitives.KEY_BYTES)
         encryption_key, commit = sealed.content_keys(content_key)
-        core = sealed.release_core(found, names, shape, commit)
+        core = sealed.release_core(
+            found,
+            digest,
+            releases.tensor_digests(opened.container),
+            names,
+            job.residue_shape(found.values),
+            commit,
+        )
         header = ReleaseHeader(
             format=FORMAT,
             kind="release",
@@ -90,20 +105,21 @@ def release(
             round=found.round,
             of=digest,
             manifest=found,
+            result_signature=opened.container.signature.hex(),
             grants=tuple(_grant(job, name, content_key, core) for name in names),
             admitted=admitted,
             commit=commit,
         )
-        length = primitives.sealed_length(shape[0] * job.group_bytes)
+        length = primitives.sealed_length(releases.payload_bytes(job, found.values))
         with AtomicOutput(output, force) as file:
-            writer = ContainerWriter(file, header.encode(), {SEALED: (length,)})
-            half, pieces = key.half, uploads.spans(shape[0], HALF_GROUPS)
-            tasks = ((job.public_key, half, opened.rows, *piece) for piece in pieces)
-            half_opened = work.map(
-                "apply the server's half", _half_chunk, tasks, len(pieces), values=found.values
-            )
-            for chunk in sealed.seal_stream(encryption_key, core, half_opened):
+            shapes = {SEALED: (length,), **job.result_shapes(found.values)}
+            writer = ContainerWriter(file, header.encode(), shapes)
+            payload = _payload(key, opened, core, work)
+            for chunk in sealed.seal_stream(encryption_key, core, payload):
                 writer.write(SEALED, chunk)
+            writer.copy(RESIDUES, opened.rows)
+            if opened.body is not None:
+                writer.copy(BODY, opened.body)
             release_digest = writer.finish(header.kind, key.secrets.sign)
             file.sync()
             ledger.append(
@@ -224,5 +240,32 @@ def _grant(job: Job, name: str, content_key: bytes, core: bytes) -> Grant:
     )
 
 
+def _payload(key: Key, result: Result, core: bytes, work: Work) -> Iterator[bytes]:
+    """What is sealed: the components after the server's half, then the proof of that."""
+    public, half, rows = key.job.public_key, key.half, result.rows
+    groups, state = key.job.codec.groups(result.header.values), hashlib.sha512()
+    pieces = spans(groups, releases.HALF_GROUPS)
+    tasks = ((public, half, rows, *piece) for piece in pieces)
+    for chunk in work.map(
+        "apply the server's half", _half_chunk, tasks, len(pieces), values=result.header.values
+    ):
+        state.update(chunk)
+        yield chunk
+    of, opened_hash = bytes.fromhex(result.digest), state.digest()
+    rho = release_proof.weights(core, of, opened_hash, groups)
+    parts = (
+        release_proof.base_product(
+            public, uploads.read_groups(public, rows, *piece), rho[piece[0] : sum(piece)]
+        )
+        for piece in pieces
+    )
+    base = math.prod(parts) % public.n
+    seed = key.server_secrets.server_seed
+    yield release_proof.prove(public, half, seed, core, of, opened_hash, base)
+
+
 def _half_chunk(key: PublicKey, half: tuple[int, ...], rows: Rows, first: int, count: int) -> bytes:
-    return scheme.apply_half(key, uploads.read_groups(key, rows, first, count), half).tobytes()
+    """c'_1..c'_7 of a few groups."""
+    residues = uploads.read_groups(key, rows, first, count)
+    scheme.check(key, residues)
+    return scheme.apply_half(key, residues, half)[:, 1:].tobytes()

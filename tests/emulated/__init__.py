@@ -1,0 +1,1 @@
+"""The kernels on machines without AVX-512: instructions computed in C, and recorded."""
