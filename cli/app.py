@@ -130,9 +130,13 @@ def _show_version(context: typer.Context, wanted: bool) -> None:
 
 def _show_kernel() -> None:
     from dtl.core.crypto import residues
+    from dtl.core.lattice import ring
 
     reason = residues.why_not_native()
     typer.echo(f"kernel: {residues.kernel_name()}" + (f" (not native: {reason})" if reason else ""))
+    reason = ring.why_not_ifma()
+    lattice = ring.lattice_kernel_name()
+    typer.echo(f"lattice kernel: {lattice}" + (f" (not ifma: {reason})" if reason else ""))
     typer.echo(f"python: {platform.python_version()}\nlibrary: {residues.LIBRARY}")
 
 

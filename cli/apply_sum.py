@@ -5,16 +5,27 @@ from typing import Annotated
 
 import typer
 
-from dtl.cli.options import ForceOption, JsonOption, OptimizerName, OutOption, Output, QuietOption
+from dtl.cli import options
+from dtl.cli.options import (
+    ForceOption,
+    JobOption,
+    JsonOption,
+    OptimizerName,
+    OutOption,
+    Output,
+    PassphraseOption,
+    QuietOption,
+)
 from dtl.core import defaults
 
 EXAMPLE = """Example:
 
-  dtl apply-sum sum-1.safetensors --model w0.safetensors --optimizer adam --lr 0.01
-  --state-out adam-1.safetensors -o w1.safetensors
+  dtl apply-sum sum-1.safetensors --model w0.safetensors --key job/alice.key
+  --optimizer adam --lr 0.01 --state-out adam-1.safetensors -o w1.safetensors
 
-  dtl apply-sum sum-2.safetensors --model w1.safetensors --optimizer adam --lr 0.01
-  --state adam-1.safetensors --state-out adam-2.safetensors -o w2.safetensors"""
+  dtl apply-sum sum-2.safetensors --model w1.safetensors --key job/alice.key
+  --optimizer adam --lr 0.01 --state adam-1.safetensors --state-out adam-2.safetensors
+  -o w2.safetensors"""
 
 
 def apply_sum(
@@ -26,6 +37,25 @@ def apply_sum(
         Path, typer.Option(help="The model that it was computed on.", show_default=False)
     ],
     out: OutOption,
+    key: Annotated[
+        Path | None,
+        typer.Option(
+            "--key",
+            envvar="DTL_KEY",
+            help="Your key file: its ledger then checks and records the step. Without it, "
+            "encrypt-grads does not accept the new model.",
+            show_default=False,
+        ),
+    ] = None,
+    adopt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Take no step: --model is the model after this sum, as NAME handed it over, "
+            "and you trust NAME.",
+            show_default=False,
+        ),
+    ] = None,
     optimizer: Annotated[OptimizerName, typer.Option(help="The same for everybody.")] = (
         OptimizerName.SGD
     ),
@@ -40,6 +70,8 @@ def apply_sum(
         Path | None,
         typer.Option(help="Where momentum or adam remember what they need.", show_default=False),
     ] = None,
+    job: JobOption = None,
+    passphrase_file: PassphraseOption = None,
     force: ForceOption = False,
     json: JsonOption = False,
     quiet: QuietOption = False,
@@ -50,7 +82,11 @@ def apply_sum(
 
     if not 0 < lr < float("inf"):
         raise UsageError(f"--lr: expected a positive number, found {lr}")
-    if optimizer is not OptimizerName.SGD and state_out is None:
+    if adopt is not None and key is None:
+        raise UsageError("--adopt: expected --key as well: the ledger records whom you trust")
+    if adopt is not None and (state or state_out):
+        raise UsageError("--adopt: takes no step, and so no --state and no --state-out")
+    if adopt is None and optimizer is not OptimizerName.SGD and state_out is None:
         raise UsageError(f"--optimizer {optimizer}: needs --state-out, for the next step")
     if optimizer is OptimizerName.SGD and state is not None:
         raise UsageError(
@@ -59,11 +95,16 @@ def apply_sum(
         )
     chosen = optimizers.make_optimizer(str(optimizer), lr)
     files = optimizers.StateFiles(state, state_out)
-    written = optimizers.apply_sum(total, model, out, chosen, files, force)
+    recording = None
+    if key is not None:
+        recording = optimizers.Recording(options.open_key(key, job, passphrase_file), adopt)
+    written = optimizers.apply_sum(total, model, out, chosen, files, force, recording)
     Output(json, quiet).show(
         model=str(out),
         optimizer=str(optimizer),
         lr=lr,
         round=written.round,
         base=written.base,
+        content=written.content,
+        recorded=key is not None,
     )

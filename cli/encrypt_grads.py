@@ -67,6 +67,14 @@ def encrypt_grads(
         str | None,
         typer.Option(help="Fixes the rounding (and nothing else).", show_default=False),
     ] = None,
+    own_step: Annotated[
+        bool,
+        typer.Option(
+            "--own-step",
+            help="In a job of sums: --model is what your own program made of the last opened "
+            "sum. The ledger records it.",
+        ),
+    ] = False,
     accept_differencing: Annotated[
         bool,
         typer.Option(
@@ -106,6 +114,7 @@ def encrypt_grads(
         lr=lr,
         round=round_number,
         model=model,
+        own_step=own_step,
         accept_differencing=accept_differencing,
     )
     with output.work(workers, backend, cluster, secrets_to_workers) as work:

@@ -7,6 +7,7 @@ import typer
 
 from dtl.cli import options
 from dtl.cli.options import (
+    CipherName,
     JsonOption,
     Output,
     ParticipantsOption,
@@ -40,6 +41,13 @@ def keygen(
     min_contributors: Annotated[
         int, typer.Option(help="The fewest uploads that are ever added up.")
     ] = defaults.MIN_CONTRIBUTORS,
+    cipher: Annotated[
+        CipherName,
+        typer.Option(
+            help="lattice: values under a one-time lattice pad, whose secret is under the double "
+            "trapdoor; direct: every value under the double trapdoor itself."
+        ),
+    ] = CipherName.LATTICE,
     no_masks: Annotated[
         bool, typer.Option("--no-masks", help="Do without pairwise masks.")
     ] = False,
@@ -69,6 +77,7 @@ def keygen(
         fraction_bits=fraction_bits,
         min_contributors=min_contributors,
         masks=not no_masks,
+        cipher=str(cipher),
         insecure=insecure,
         keep_master=not discard_master,
     )
@@ -79,6 +88,7 @@ def keygen(
         folder=str(folder),
         job=job.digest,
         security=job.security,
+        cipher=job.cipher,
         participants=list(job.names),
         masks=job.masks,
         min_contributors=job.min_contributors,

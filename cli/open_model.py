@@ -11,14 +11,18 @@ from dtl.cli.options import (
     BackendOption,
     ClusterOption,
     ForceOption,
+    InitialOption,
     JobOption,
     JsonOption,
     KeyOption,
     OutOption,
     Output,
+    ParentsOption,
     PassphraseOption,
     QuietOption,
+    RevealsOption,
     SecretsOption,
+    UploadsOption,
     WorkersOption,
 )
 
@@ -33,6 +37,18 @@ def open_model(
     ],
     key: KeyOption,
     out: OutOption,
+    uploads: UploadsOption = None,
+    model: ParentsOption = None,
+    initial: InitialOption = None,
+    reveals: RevealsOption = None,
+    after_failure: Annotated[
+        bool,
+        typer.Option(
+            "--after-failure",
+            help="Go on although an earlier release did not open. Each attempt that fails can "
+            "tell the server one bit.",
+        ),
+    ] = False,
     job: JobOption = None,
     passphrase_file: PassphraseOption = None,
     force: ForceOption = False,
@@ -43,13 +59,24 @@ def open_model(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Check a release and open it: the plaintext model, or the sum of the gradients."""
+    """Check a release and open it: the plaintext model, or the sum of the gradients.
+
+    With --uploads (and --model or --initial, and --reveals) the server's result is recomputed
+    before your half is used.
+    """
+    from dtl.core.errors import UsageError
+    from dtl.core.public.verification import Evidence
     from dtl.core.roles import participant
+
+    if not uploads and (model or initial or reveals):
+        raise UsageError("--model, --initial and --reveals: only with --uploads")
+    evidence = Evidence(uploads, model or (), initial, reveals or ()) if uploads else None
 
     output = Output(json, quiet)
     opened = options.open_key(key, job, passphrase_file)
     with output.work(workers, backend, cluster, secrets_to_workers) as work:
-        report = participant.open_release(opened, release, out, force, work)
+        wanted = participant.OpenOptions(evidence, after_failure)
+        report = participant.open_release(opened, release, out, wanted, force, work)
     manifest = report.header.manifest
     output.show(
         output=str(out),
@@ -57,6 +84,7 @@ def open_model(
         round=manifest.round,
         of=report.header.of,
         opened=report.opened,
+        recomputed=report.recomputed,
         contributors=list(manifest.names),
         missing=list(manifest.missing),
         values=manifest.values,

@@ -83,6 +83,29 @@ SecretsOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+UploadsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--uploads", metavar="U...", help="The uploads it was made of.", show_default=False
+    ),
+]
+ParentsOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--model",
+        metavar="PARENT",
+        help="The model it goes on from; again for the one before, back to round 1.",
+        show_default=False,
+    ),
+]
+InitialOption = Annotated[
+    Path | None,
+    typer.Option("--initial", metavar="M0", help="The public initial weights.", show_default=False),
+]
+RevealsOption = Annotated[
+    list[Path] | None,
+    typer.Option("--reveals", metavar="R...", help="The reveals, if any.", show_default=False),
+]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress, and no result but that of --json.")
 ]
@@ -103,6 +126,13 @@ class RoundingName(StrEnum):
 
     STOCHASTIC = "stochastic"
     NEAREST = "nearest"
+
+
+class CipherName(StrEnum):
+    """How values are encrypted."""
+
+    LATTICE = "lattice"
+    DIRECT = "direct"
 
 
 class OptimizerName(StrEnum):

@@ -8,6 +8,7 @@ import typer
 
 from dtl.cli import options
 from dtl.cli.options import (
+    CipherName,
     JsonOption,
     OptimizerName,
     Output,
@@ -117,6 +118,9 @@ def simulate(
     fraction_bits: Annotated[
         int, typer.Option(help="Bits after the binary point.")
     ] = defaults.FRACTION_BITS,
+    cipher: Annotated[
+        CipherName, typer.Option(help="How values are encrypted: see keygen.")
+    ] = CipherName.LATTICE,
     min_contributors: Annotated[
         int, typer.Option(help="The fewest uploads that are ever added up.")
     ] = defaults.MIN_CONTRIBUTORS,
@@ -158,6 +162,7 @@ def simulate(
         "slot_bits": slot_bits,
         "fraction_bits": fraction_bits,
         "min_contributors": min_contributors,
+        "cipher": str(cipher),
         "insecure": insecure,
     }
     if resume:

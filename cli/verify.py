@@ -1,5 +1,6 @@
 """`dtl verify`: anyone checks signatures, proofs, manifests, and the server's product."""
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,10 +11,15 @@ from dtl.cli.options import (
     BackendName,
     BackendOption,
     ClusterOption,
+    InitialOption,
     JobOption,
     JsonOption,
     Output,
+    ParentsOption,
+    PassphraseOption,
     QuietOption,
+    RevealsOption,
+    UploadsOption,
     WorkersOption,
 )
 
@@ -30,26 +36,20 @@ def verify(
     file: Annotated[
         Path, typer.Argument(metavar="FILE", help="Any signed file.", show_default=False)
     ],
-    uploads: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="U...", help="The uploads it was made of.", show_default=False),
-    ] = None,
-    model: Annotated[
-        list[Path] | None,
+    uploads: UploadsOption = None,
+    model: ParentsOption = None,
+    initial: InitialOption = None,
+    reveals: RevealsOption = None,
+    key: Annotated[
+        Path | None,
         typer.Option(
-            metavar="PARENT",
-            help="The model it goes on from; again for the one before, back to round 1.",
+            "--key",
+            help="The key of a participant that a release is granted to: its sealed part is "
+            "checked as well.",
             show_default=False,
         ),
     ] = None,
-    initial: Annotated[
-        Path | None,
-        typer.Option(metavar="M0", help="The public initial weights.", show_default=False),
-    ] = None,
-    reveals: Annotated[
-        list[Path] | None,
-        typer.Option(metavar="R...", help="The reveals, if any.", show_default=False),
-    ] = None,
+    passphrase_file: PassphraseOption = None,
     job: JobOption = None,
     workers: WorkersOption = None,
     backend: BackendOption = BackendName.LOCAL,
@@ -60,17 +60,25 @@ def verify(
     """Check a file with public files only; recompute the server's result bit for bit.
 
     The job file defaults to job.json beside FILE. Exit code 0 says that all that was checked
-    holds; the server's product is recomputed, and so checked, only with --uploads.
+    holds; the server's result is recomputed, and so checked, only with --uploads, and the
+    sealed part of a release only with --key.
     """
     from dtl.core.files.job_file import Job
     from dtl.core.public.verification import Evidence
-    from dtl.core.roles import observer
+    from dtl.core.roles import observer, participant
 
     output = Output(json, quiet)
     evidence = Evidence(uploads or (), model or (), initial, reveals or ())
-    opened = Job.load(options.job_path(job, file))
+    release_key = None
+    if key is None:
+        opened = Job.load(options.job_path(job, file))
+    else:
+        own = options.open_key(key, job, passphrase_file)
+        own.require("participant")
+        opened, release_key = own.job, partial(participant.content_key, own)
     with output.work(workers, backend, cluster) as work:
-        verified = observer.verify(file, opened, evidence, work)
+        verified = observer.verify(file, opened, evidence, work, release_key)
     output.show(**verified)
     if verified.get("recomputed") is False:
-        terminal.show_warning(f"{file}: the server's product was not recomputed: no uploads given")
+        why = "no uploads given" if not uploads else "the sealed part needs --key"
+        terminal.show_warning(f"{file}: the server's result was not recomputed: {why}")

@@ -22,7 +22,7 @@ from typing import Any
 from dtl.core import defaults
 from dtl.core.benchmark import own, peers
 from dtl.core.benchmark.sample import Sample
-from dtl.core.crypto import residues
+from dtl.core.crypto import kernels, residues
 from dtl.core.errors import DtlError, UsageError
 from dtl.core.files.tensor_writer import write_arrays
 from dtl.core.parallel import Work
@@ -173,7 +173,7 @@ def _process(stack: ExitStack, kernel: str, cores: int) -> ProcessPoolExecutor:
 def _set_up(kernel: str, cores: int) -> None:
     logging.getLogger("dtl").setLevel(logging.ERROR)  # what is to be said was said before
     if kernel:
-        os.environ[residues.KERNEL_VARIABLE] = kernel
+        os.environ[kernels.KERNEL_VARIABLE] = kernel
     if hasattr(os, "sched_setaffinity"):
         allowed = sorted(os.sched_getaffinity(0))
         os.sched_setaffinity(0, allowed[:cores])

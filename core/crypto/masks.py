@@ -84,7 +84,7 @@ def mask_sums(keys: Sequence[Key], first: int, count: int, width: int) -> list[i
 
 def add_masks(blocks: Bytes, keys: Sequence[Key], first: int, modulus: int) -> Bytes:
     """Add the masks of `keys` to blocks [n, block width], the first being number `first`."""
-    if not keys:
+    if not keys or not len(blocks):
         return blocks
     sums = mask_sums(keys, first, len(blocks), blocks.shape[-1])
     return _reduced(zip(to_integers(blocks), sums, strict=True), modulus, blocks.shape[-1])

@@ -128,9 +128,9 @@ def prove(
     """
     arithmetic = key.arithmetic
     gamma = arithmetic.lift(_row(key, base)[None])[0]
-    quotients = arithmetic.shared_base_powers(
-        gamma[None], half, secret_bits=key.exponent_bits + 1
-    )[0]
+    quotients = arithmetic.shared_base_powers(gamma[None], half, secret_bits=key.exponent_bits + 1)[
+        0
+    ]
     statement = _Statement(core, of, opened_hash, gamma, quotients)
     w = _witness(key, seed, statement)
     bases = np.stack([_row(key, key.g), statement.gamma])
@@ -139,7 +139,7 @@ def prove(
     e = _challenge(statement, t, t_prime)
     z = [w_j + e * a_j for w_j, a_j in zip(w, half, strict=True)]
     responses = from_integers(z, _response_width(key))
-    return t.tobytes() + t_prime.tobytes() + responses.tobytes()
+    return b"".join(part.tobytes() for part in (t, t_prime, responses))
 
 
 def verify(

@@ -553,18 +553,32 @@ def _read_metadata(text: str | None, path: Path) -> PlainMetadata | None:
 
 
 class Loaded(NamedTuple):
-    """A whole plain file: arrays of float64, its metadata, and the digest of what was read."""
+    """A whole plain file: arrays of float64, its metadata, and the digests of what was read.
 
+    `initial` is V0: the digest that the tensors have as initial weights.
+    """
+
+    path: Path
     arrays: Arrays
     metadata: PlainMetadata | None
     content: str
+    initial: str
+
+    def check_content(self) -> None:
+        """Raise VerificationError unless the tensors are those that the metadata names."""
+        known = self.metadata
+        if known and known.content is not None and known.content != self.content:
+            raise VerificationError(
+                f"{self.path}: the tensors are not those that its metadata names",
+                "they were changed after dtl wrote the file: take the file as it was written",
+            )
 
 
 def load_arrays(path: Path) -> Loaded:
     """Read a whole plain file (for models that fit into memory)."""
     with closing(open_tensors(path)) as tensors:
         arrays, content = _read_all(tensors)
-        return Loaded(arrays, tensors.metadata, content.hexdigest())
+        return Loaded(path, arrays, tensors.metadata, content.hexdigest(), content.initial())
 
 
 def read_arrays(path: Path) -> tuple[Arrays, PlainMetadata | None]:

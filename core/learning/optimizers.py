@@ -6,7 +6,7 @@ the participants, on the gradient sum that the server released; everyone holds t
 """
 
 import logging
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,9 +16,18 @@ import numpy as np
 from dtl.core.errors import DtlError, FormatError, NumericError, UsageError
 from dtl.core.files.atomic import remove_second_names
 from dtl.core.files.headers import check_same_shapes
-from dtl.core.files.tensor_writer import unnamed_arrays
-from dtl.core.files.tensors import PlainMetadata, make_layout, read_arrays
+from dtl.core.files.key_file import Key
+from dtl.core.files.ledger import Ledger
+from dtl.core.files.tensor_writer import Unnamed, unnamed_arrays
+from dtl.core.files.tensors import (
+    Loaded,
+    PlainMetadata,
+    load_arrays,
+    make_layout,
+    read_arrays,
+)
 from dtl.core.learning.mlp import DTYPE, Weights
+from dtl.core.roles.participant import stepping
 
 logger = logging.getLogger("dtl")
 
@@ -114,26 +123,85 @@ class StateFiles:
     after: Path | None
 
 
+@dataclass(frozen=True)
+class Recording:
+    """In whose ledger a step is recorded; `adopt` names whose model is taken over instead."""
+
+    key: Key
+    adopt: str | None = None
+
+
 def apply_sum(
-    total: Path, model: Path, output: Path, optimizer: Optimizer, state: StateFiles, force: bool
+    total: Path,
+    model: Path,
+    output: Path,
+    optimizer: Optimizer,
+    state: StateFiles,
+    force: bool,
+    recording: Recording | None = None,
 ) -> PlainMetadata:
     """Write the model after one step along a released sum; returns what it says of itself.
 
     The new model is named by the sum: uploads based on it say which sum was applied, and
-    their masks cancel only if everybody applied the same. Both files are finished before the
-    state, and then the model, get their names; where only the state that follows is there, an
-    interrupted step is completed. Raises FormatError for files that do not belong together,
+    their masks cancel only if everybody applied the same. With `recording`, sum and model are
+    held against the participant's ledger, and the new model's content is recorded there: only
+    then encrypt-grads accepts it as a base. Both files are finished before the ledger line,
+    the state, and then the model, get their names; where only the state that follows is there,
+    an interrupted step is completed. Raises FormatError for files that do not belong together,
     UsageError for a state that would be lost, NumericError for a step out of all range.
     """
     if state.after is not None and _same_place(state.after, output, state.before):
         raise UsageError(f"{state.after}: the new state needs a file of its own")
-    contributions, metadata = read_arrays(total)
+    added, before = load_arrays(total), load_arrays(model)
+    metadata = added.metadata
     if metadata is None or metadata.kind != "sum":
         raise FormatError(f"{total}: expected a sum that open-model wrote")
-    weights, known = read_arrays(model)
-    _check_precedes(known, metadata, model, total)
-    found, expected = (make_layout(arrays, DTYPE) for arrays in (contributions, weights))
+    adopt = recording.adopt if recording else None
+    if adopt is None:
+        _check_precedes(before.metadata, metadata, model, total)
+    found, expected = (make_layout(held.arrays, DTYPE) for held in (added, before))
     check_same_shapes(found, expected, total, model)
+    for loaded in (added, before):
+        loaded.check_content()
+    with ExitStack() as stack:
+        ledger = stack.enter_context(Ledger(recording.key)) if recording else None
+        opened = stepping.opened_sum(ledger, added) if ledger else None
+        if ledger and opened and adopt is None:
+            stepping.check_model_before(ledger, opened, before)
+        if recording and adopt is not None:
+            stepping.check_adopted(recording.key.job, adopt, added, before)
+            stepped = before.arrays
+        else:
+            stepped = _step(before, added, optimizer, state)
+        named = metadata.model_copy(update={"kind": "weights"})
+        outputs = _state_outputs(state.after, optimizer.state, force)
+        outputs.append(unnamed_arrays(output, stepped, DTYPE, named, force))
+        entered = [stack.enter_context(unnamed) for unnamed in outputs]
+        for finished in entered:
+            finished.output.sync()
+        content = entered[-1].content
+        if ledger and opened:
+            stepping.record_model(ledger, opened, content, adopt)
+        for finished in entered:
+            finished.output.commit()
+    return named.model_copy(update={"content": content})
+
+
+def _state_outputs(
+    after: Path | None, held: Weights, force: bool
+) -> list[AbstractContextManager[Unnamed]]:
+    """The file of the optimiser's state, unless there is none or it is there already."""
+    if after is None or not held:
+        return []
+    if not force and _holds(after, held):
+        remove_second_names(after)
+        return []
+    return [unnamed_arrays(after, held, STATE_DTYPE, None, force)]
+
+
+def _step(before: Loaded, added: Loaded, optimizer: Optimizer, state: StateFiles) -> Weights:
+    """The weights after one step of the optimiser, whose state moves on."""
+    weights, known, model = before.arrays, before.metadata, before.path
     if state.before is not None:
         optimizer.state = read_arrays(state.before)[0]
     elif known is not None and known.round and not isinstance(optimizer, Sgd):
@@ -141,31 +209,16 @@ def apply_sum(
             "no --state, although %s is of round %d: %s begins anew",
             *(model, known.round, type(optimizer).__name__.lower()),
         )
-    before, fits = _shapes(optimizer), False
+    remembered, fits = _shapes(optimizer), False
     # A state that does not fit is noticed by what it raises; numbers without end, below.
     with suppress(LookupError, TypeError, ValueError), np.errstate(all="ignore"):
-        stepped = optimizer.step(weights, contributions)
-        fits = state.before is None or before == _shapes(optimizer)
+        stepped = optimizer.step(weights, added.arrays)
+        fits = state.before is None or remembered == _shapes(optimizer)
     if not fits:
         raise FormatError(f"{state.before}: not the state of this optimizer, for this model")
     if not _fit(stepped, np.float32) or not _fit(optimizer.state, np.float64):
         raise NumericError(f"{model}: the step leaves the range of {DTYPE}", "take a smaller --lr")
-    named = metadata.model_copy(update={"kind": "weights"})
-    with ExitStack() as stack:
-        outputs = []
-        after, held = state.after, optimizer.state
-        if after is not None and held:
-            if not force and _holds(after, held):
-                remove_second_names(after)
-            else:
-                outputs.append(unnamed_arrays(after, held, STATE_DTYPE, None, force))
-        outputs.append(unnamed_arrays(output, stepped, DTYPE, named, force))
-        entered = [stack.enter_context(unnamed) for unnamed in outputs]
-        for finished in entered:
-            finished.output.sync()
-        for finished in entered:
-            finished.output.commit()
-    return named.model_copy(update={"content": entered[-1].content})
+    return stepped
 
 
 def _check_precedes(

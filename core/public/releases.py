@@ -19,7 +19,7 @@ from dtl.core.crypto.residues import Bytes
 from dtl.core.errors import FormatError, VerificationError
 from dtl.core.files import sealed
 from dtl.core.files.container import SEALED, Container, Rows, file_digest
-from dtl.core.files.headers import ReleaseHeader, ResultHeader, read_header
+from dtl.core.files.headers import ReleaseHeader, read_header
 from dtl.core.files.job_file import Job
 from dtl.core.parallel import Work
 from dtl.core.public import results, uploads

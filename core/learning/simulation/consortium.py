@@ -21,7 +21,7 @@ from dtl.core.files.key_file import Key
 from dtl.core.files.shards import Shard, load_shard
 from dtl.core.files.tensors import open_tensors
 from dtl.core.learning import mlp, split
-from dtl.core.learning.optimizers import StateFiles, apply_sum
+from dtl.core.learning.optimizers import Recording, StateFiles, apply_sum
 from dtl.core.learning.simulation.journal import Journal
 from dtl.core.learning.simulation.options import SimulationOptions
 from dtl.core.parallel import Work
@@ -81,6 +81,7 @@ class Consortium:
             lambda: key_center.generate_job(self._folder / JOB, o.job, work=self._work),
             *("keygen", JOB, *roster, "--modulus-bits", o.modulus_bits),
             *("--slot-bits", o.slot_bits, "--fraction-bits", o.fraction_bits),
+            *("--cipher", o.cipher),
             *("--min-contributors", o.min_contributors, *_given("--insecure", o.insecure)),
         )
         self._journal.run(
@@ -365,8 +366,10 @@ class Consortium:
                 o.make_optimizer(),
                 StateFiles(self._folder / known if known else None, self._folder / state),
                 force=True,
+                recording=Recording(self.key(name)),
             ),
-            *("apply-sum", total, "--model", before, "--optimizer", o.optimizer),
+            *("apply-sum", total, "--model", before, "--key", f"{JOB}/{name}.key"),
+            *("--optimizer", o.optimizer),
             *("--lr", o.step_lr, *_given("--state", known), "--state-out", state, "-o", model),
         )
 

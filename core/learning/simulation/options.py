@@ -44,6 +44,7 @@ class SimulationOptions(BaseModel):
     slot_bits: int = defaults.SLOT_BITS
     fraction_bits: int = defaults.FRACTION_BITS
     min_contributors: int = defaults.MIN_CONTRIBUTORS
+    cipher: Literal["lattice", "direct"] = "lattice"
     insecure: bool = False
 
     def check(self) -> None:
@@ -106,6 +107,7 @@ class SimulationOptions(BaseModel):
             fraction_bits=self.fraction_bits,
             min_contributors=self.min_contributors,
             masks=True,
+            cipher=self.cipher,
             insecure=self.insecure,
         )
 

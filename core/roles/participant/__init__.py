@@ -8,17 +8,14 @@ from dtl.core.roles.participant.opening import (
     open_release,
 )
 from dtl.core.roles.participant.revealing import reveal_masks
-from dtl.core.roles.participant.stepping import StepOptions, record_model
 
 __all__ = [
     "OpenOptions",
     "OpenReport",
-    "StepOptions",
     "UploadOptions",
     "UploadReport",
     "content_key",
     "encrypt_gradients",
     "open_release",
-    "record_model",
     "reveal_masks",
 ]
