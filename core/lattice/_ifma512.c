@@ -92,8 +92,8 @@ INLINE void butterfly(vec *u, vec *v, Factor f, vec twice, vec minus)
 
 /* Both tables at `at`, the lanes in the order of a shuffle. */
 #define FACTORS(at, ...)                                                                           \
-    ((Factor){__builtin_shufflevector(LOAD(prime->inverses + (at)), SPLAT(0), __VA_ARGS__),        \
-              __builtin_shufflevector(LOAD(prime->inverses_quotient + (at)), SPLAT(0),             \
+    ((Factor){SHUFFLE(vec, LOAD(prime->inverses + (at)), SPLAT(0), __VA_ARGS__),        \
+              SHUFFLE(vec, LOAD(prime->inverses_quotient + (at)), SPLAT(0),             \
                                       __VA_ARGS__) >> 12})
 
 /* a s modulo p for a, s < p, below 2 p. The quotient is at most two too small. */
@@ -113,17 +113,17 @@ static void NAME(pad)(const Prime *prime, size_t n, uint64_t *words, const uint6
     for (size_t k = 0; k < n; k += 2 * LANES) {
         vec x = product(LOAD(words + k), LOAD(secret + k), twice, minus, barrett);
         vec y = product(LOAD(words + k + LANES), LOAD(secret + k + LANES), twice, minus, barrett);
-        vec u = __builtin_shufflevector(x, y, 0, 2, 4, 6, 8, 10, 12, 14);
-        vec v = __builtin_shufflevector(x, y, 1, 3, 5, 7, 9, 11, 13, 15);
+        vec u = SHUFFLE(vec, x, y, 0, 2, 4, 6, 8, 10, 12, 14);
+        vec v = SHUFFLE(vec, x, y, 1, 3, 5, 7, 9, 11, 13, 15);
         butterfly(&u, &v, FACTORS(n / 2 + k / 2, 0, 1, 2, 3, 4, 5, 6, 7), twice, minus);
-        x = __builtin_shufflevector(u, v, 0, 8, 2, 10, 4, 12, 6, 14); /* 0 1 4 5 8 9 12 13 */
-        y = __builtin_shufflevector(u, v, 1, 9, 3, 11, 5, 13, 7, 15); /* 2 3 6 7 10 11 14 15 */
+        x = SHUFFLE(vec, u, v, 0, 8, 2, 10, 4, 12, 6, 14); /* 0 1 4 5 8 9 12 13 */
+        y = SHUFFLE(vec, u, v, 1, 9, 3, 11, 5, 13, 7, 15); /* 2 3 6 7 10 11 14 15 */
         butterfly(&x, &y, FACTORS(n / 4 + k / 4, 0, 0, 1, 1, 2, 2, 3, 3), twice, minus);
-        u = __builtin_shufflevector(x, y, 0, 1, 8, 9, 4, 5, 12, 13); /* 0 1 2 3 8 9 10 11 */
-        v = __builtin_shufflevector(x, y, 2, 3, 10, 11, 6, 7, 14, 15); /* 4 5 6 7 12 13 14 15 */
+        u = SHUFFLE(vec, x, y, 0, 1, 8, 9, 4, 5, 12, 13); /* 0 1 2 3 8 9 10 11 */
+        v = SHUFFLE(vec, x, y, 2, 3, 10, 11, 6, 7, 14, 15); /* 4 5 6 7 12 13 14 15 */
         butterfly(&u, &v, FACTORS(n / 8 + k / 8, 0, 0, 0, 0, 1, 1, 1, 1), twice, minus);
-        STORE(words + k, __builtin_shufflevector(u, v, 0, 1, 2, 3, 8, 9, 10, 11));
-        STORE(words + k + LANES, __builtin_shufflevector(u, v, 4, 5, 6, 7, 12, 13, 14, 15));
+        STORE(words + k, SHUFFLE(vec, u, v, 0, 1, 2, 3, 8, 9, 10, 11));
+        STORE(words + k + LANES, SHUFFLE(vec, u, v, 4, 5, 6, 7, 12, 13, 14, 15));
     }
     size_t step = LANES, blocks = n / (2 * LANES), left = 0;
     for (size_t b = blocks; b; b /= 2)

@@ -8,9 +8,14 @@
  *                      else 0
  */
 
+#include <float.h>
 #include <string.h>
 
 #include "_lattice.h"
+
+#if defined(__FAST_MATH__) || FLT_EVAL_METHOD != 0
+#error "float64 must be rounded after every step, and only then"
+#endif
 
 #include "_chacha.h"
 #include "_loops.h"
@@ -183,21 +188,21 @@ static void NAME(pad)(const Prime *prime, size_t n, uint64_t *words, const uint6
         y = PRODUCT(y, t, p, inverse);
         const reals w = LOAD(factors + n / 2 + k / 2);
 #if REAL_LANES == 4
-        reals u = __builtin_shufflevector(x, y, 0, 2, 4, 6);
-        reals v = __builtin_shufflevector(x, y, 1, 3, 5, 7);
+        reals u = SHUFFLE(NAME(words), x, y, 0, 2, 4, 6);
+        reals v = SHUFFLE(NAME(words), x, y, 1, 3, 5, 7);
         BUTTERFLY(u, v, w);
         const double *next = factors + n / 4 + k / 4;
         const reals w2 = {next[0], next[0], next[1], next[1]};
-        x = __builtin_shufflevector(u, v, 0, 4, 2, 6);
-        y = __builtin_shufflevector(u, v, 1, 5, 3, 7);
+        x = SHUFFLE(NAME(words), u, v, 0, 4, 2, 6);
+        y = SHUFFLE(NAME(words), u, v, 1, 5, 3, 7);
         BUTTERFLY(x, y, w2);
-        u = __builtin_shufflevector(x, y, 0, 1, 4, 5);
-        v = __builtin_shufflevector(x, y, 2, 3, 6, 7);
+        u = SHUFFLE(NAME(words), x, y, 0, 1, 4, 5);
+        v = SHUFFLE(NAME(words), x, y, 2, 3, 6, 7);
 #else
-        reals c = __builtin_shufflevector(x, y, 0, 2), d = __builtin_shufflevector(x, y, 1, 3);
+        reals c = SHUFFLE(NAME(words), x, y, 0, 2), d = SHUFFLE(NAME(words), x, y, 1, 3);
         BUTTERFLY(c, d, w);
-        const reals u = __builtin_shufflevector(c, d, 0, 2);
-        const reals v = __builtin_shufflevector(c, d, 1, 3);
+        const reals u = SHUFFLE(NAME(words), c, d, 0, 2);
+        const reals v = SHUFFLE(NAME(words), c, d, 1, 3);
 #endif
         STORE(a + k, u);
         STORE(a + k + L, v);
