@@ -23,6 +23,13 @@ enum { MAX_SLOTS = VALUE_BITS / 3, MAX_TERMS = 1 << 13, MIN_N = 64, MAX_N = 1 <<
 /* Keystreams are written eight ChaCha20 blocks at a time. */
 enum { STREAM_BLOCKS = 8, STREAM_WORDS = 64 };
 
+/* Lanes of a and b by constant numbers; `integers` is the type of integer vectors of that kind. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(integers, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(integers, a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
+#endif
+
 #define WORD_MASK ((1ULL << WORD_BITS) - 1)
 
 /* One prime p < 2^50. A factor w has beside it floor(w 2^64 / p), Shoup's trick: the quotient of
