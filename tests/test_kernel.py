@@ -4,6 +4,8 @@ Where the processor has no AVX-512 IFMA, the kernel runs on emulated instruction
 (tests/emulated), so that it is tested on every machine with a compiler.
 """
 
+import ctypes
+import functools
 import os
 import secrets
 import shutil
@@ -22,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dtl.core.crypto import native, portable, residues
+from dtl.core.crypto import group, native, portable, proof, release_proof, residues, scheme
 from dtl.core.crypto.arithmetic import Arithmetic, Bytes, from_integers, to_integers
 from dtl.core.errors import FormatError, UsageError, VerificationError
 from tests.emulated import build
@@ -30,6 +32,7 @@ from tests.helpers import PRIMES, Cli, Round, random_arrays
 
 CRYPTO = Path(__file__).parent.parent / "core" / "crypto"
 SIZES = (256, 264, 512, 1040, 1664, 2048, 3072, 4096, 8192)  # bits of N; N^2 has twice as many
+REAL_KERNEL = getattr(native, "_kernel", None)
 NAME = "dtl.core.crypto._kernel"
 SOURCES = [CRYPTO / "_kernel.c", CRYPTO / "_ifma.c"]
 
@@ -95,6 +98,17 @@ def blocks_of(numbers: list[int], arithmetic: Arithmetic) -> Bytes:
 
 
 EVERY = list(moduli())
+MOST_EMULATED_BITS = 2048  # emulated instructions are slow
+
+
+def skip_if_slow(arithmetic: Arithmetic) -> None:
+    if getattr(native, "_kernel", None) is not REAL_KERNEL and (
+        isinstance(arithmetic, native.Arithmetic)
+        and arithmetic.modulus.bit_length() > MOST_EMULATED_BITS
+    ):
+        pytest.skip("emulated instructions are slow")
+
+
 IDS = [
     f"{n.bit_length()}-{kind}"
     for n, kind in zip(EVERY, ["least", "ones", "random"] * 9, strict=True)
@@ -105,6 +119,7 @@ Backend = Callable[[int], Arithmetic]
 @pytest.mark.parametrize("n", EVERY, ids=IDS)
 def test_every_operation_is_the_integers_one(backend: Backend, n: int) -> None:
     arithmetic, n2, x = backend(n), n * n, operands(n)
+    skip_if_slow(arithmetic)
     y = [*x[5:], *x[:5]]
     first, second = batch_of(x, arithmetic), batch_of(y, arithmetic)
 
@@ -158,9 +173,10 @@ def test_every_operation_is_the_integers_one(backend: Backend, n: int) -> None:
 @pytest.mark.parametrize("n", EVERY[2::3], ids=IDS[2::3])
 def test_every_power_is_the_integers_one(backend: Backend, n: int) -> None:
     arithmetic, n2, x = backend(n), n * n, operands(n)
+    skip_if_slow(arithmetic)
     exponents = [0, 1, 2, 6, (1 << 64) - 1, 1 << 63, secrets.randbits(60)]
     batch = batch_of(x, arithmetic)
-    for bits in (None, 64, 65, 67):
+    for bits in (None, 64, 67):
         found = arithmetic.shared_base_powers(batch, exponents, secret_bits=bits)
         assert found.shape == (len(x), len(exponents), arithmetic.width)
         assert to_integers(found) == [pow(v, e, n2) for v in x for e in exponents]
@@ -392,6 +408,146 @@ def test_threads_share_one_table() -> None:
         thread.join()
     for i, exponent in enumerate(exponents):
         assert found[i] == [pow(base, exponent, n * n) for base in bases]
+
+
+# --- constant time ---------------------------------------------------------------------------
+
+
+class Tracer:
+    """The kernel, built to record every branch and every address (tests/emulated/trace.c)."""
+
+    OPTIONS = ("-fsanitize=thread", "-fsanitize-coverage=trace-pc", "-fno-builtin-memcpy",
+               "-fno-builtin-memset")  # fmt: skip
+    WRAPPED = ("memcpy", "memset", "aligned_alloc", "free")
+
+    def __init__(self, folder: Path) -> None:
+        objects = []
+        for source, options in (
+            (CRYPTO / "_ifma.c", self.OPTIONS),
+            (CRYPTO / "_kernel.c", ()),
+            (build.HERE / "trace.c", ()),
+        ):
+            objects.append(folder / f"{source.stem}.o")
+            build.compile_object(source, objects[-1], options)
+        library = folder / "traced.so"
+        build.link(objects, library, [f"-Wl,--wrap={name}" for name in self.WRAPPED])
+        self.kernel = build.load(NAME, library)
+        self._functions = ctypes.CDLL(str(library))
+        for function in (self._functions.trace_stop, self._functions.trace_events):
+            function.restype = ctypes.c_uint64
+
+    def steps(self, run: Callable[[], object]) -> tuple[int, int]:
+        """A hash over all steps of a run, and their number."""
+        self._functions.trace_start()
+        run()
+        return self._functions.trace_stop(), self._functions.trace_events()
+
+
+@pytest.fixture(scope="module")
+def tracer(tmp_path_factory: pytest.TempPathFactory) -> Tracer:
+    try:
+        return Tracer(tmp_path_factory.mktemp("traced"))
+    except build.NoCompiler as error:
+        pytest.skip(str(error))
+
+
+def test_steps_with_secret_exponents_are_the_same_for_all_of_them(
+    tracer: Tracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every branch and every address, of powers by a half or by w, and of the comb for r.
+
+    The variable-time functions beside them show that the recorder sees the difference.
+    """
+    monkeypatch.setattr(native, "_kernel", tracer.kernel, raising=False)
+    n = secrets.randbits(256) | 1 | 1 << 255
+    arithmetic = native.Arithmetic(n)
+    kernel, width = arithmetic._kernel, arithmetic.width
+    bases = from_integers([secrets.randbelow(n * n) for _ in range(8)], width)
+    exponents, out = np.zeros((3, 9), np.uint8), np.zeros((8, 3, width), np.uint8)
+    table = kernel.table(bases, 4, 18, 9, True)
+    for block in range(2):
+        table.fill(block)
+    drawn = np.frombuffer(secrets.token_bytes(2 * exponents.size), np.uint8)
+    secret = [*drawn.reshape(2, 3, 9), np.zeros((3, 9)), np.full((3, 9), 255)]
+
+    def recorded(run: Callable[[], object]) -> set[tuple[int, int]]:
+        found = set()
+        for numbers in secret:
+            exponents[...] = numbers
+            found.add(tracer.steps(run))
+        return found
+
+    masked = [
+        lambda: kernel.secret_powers(bases, exponents, 9, 70, out),
+        lambda: table.powers(exponents, 9, None, True, out),
+    ]
+    variable = [
+        lambda: kernel.shared_base_powers(bases, exponents, 9, out),
+        lambda: table.powers(exponents, 9, None, False, out),
+    ]
+    for run in masked:
+        assert len(recorded(run)) == 1
+    for run in variable:
+        assert len(recorded(run)) == len(secret)
+
+
+class Recorder:
+    """In the place of the kernel's modulus: notes which functions are called, and how."""
+
+    def __init__(self, modulus: Any, calls: list[tuple[object, ...]]) -> None:
+        self._modulus, self._calls = modulus, calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "secret_powers":
+            return self._secret_powers
+        if name == "shared_base_powers":
+            return self._public_powers
+        return getattr(self._modulus, name)
+
+    def _secret_powers(self, bases: Bytes, exponents: Bytes, width: int, bits: int, out: Bytes
+    ) -> None:  # fmt: skip
+        self._calls.append(("secret", bits, to_integers(exponents)))
+        self._modulus.secret_powers(bases, exponents, width, bits, out)
+
+    def _public_powers(self, bases: Bytes, exponents: Bytes, width: int, out: Bytes) -> None:
+        self._calls.append(("public", 0, to_integers(exponents)))
+        self._modulus.shared_base_powers(bases, exponents, width, out)
+
+
+@needs_kernel
+def test_secret_exponents_take_the_masked_path() -> None:
+    """Halves, sums of halves, w of both proofs, and r of a short vector."""
+    p, q = PRIMES[512]
+    n = p * q
+    halves = [group.expand_half(bytes([k]) * 32, "half", bytes(16), 256) for k in (1, 2)]
+    public_key = group.generate_public_key(group.StrongTrapdoor(p, q), *halves)
+    arithmetic, calls = native.Arithmetic(n), []
+    key = group.PublicKey(n, public_key.gamma, public_key.h, public_key.server)
+    key.__dict__["arithmetic"] = arithmetic
+    arithmetic._kernel = Recorder(arithmetic._kernel, calls)
+
+    def secret_bits(run: Callable[[], object]) -> list[int]:
+        calls.clear()
+        run()
+        return [bits for kind, bits, _ in calls if kind == "secret"]
+
+    blocks = np.zeros((3, 7, arithmetic.block_width), np.uint8)
+    randomness = np.frombuffer(secrets.token_bytes(96), np.uint8).reshape(3, 32)
+    residues_ = scheme.encrypt(key, blocks, randomness, 3)
+    half_opened = scheme.apply_half(key, residues_, halves[0])
+    sums = [a + b for a, b in zip(*halves, strict=True)]
+    stream = secrets.token_bytes(proof.witness_bytes(key, 3))
+    assert secret_bits(lambda: group.has_halves(key, *halves)) == [257, 257]
+    assert secret_bits(lambda: scheme.apply_half(key, residues_, halves[1])) == [257]
+    assert [values for kind, _, values in calls if kind == "public"] == [[n]]  # the lift
+    assert secret_bits(lambda: scheme.well_formed(key, residues_, blocks, sums)) == [259]
+    assert secret_bits(lambda: proof.commit(key, 3, stream)) == [256 + 256 + 2]
+    prove = functools.partial(release_proof.prove, key, halves[0], b"s" * 32, b"core", b"of")
+    assert secret_bits(lambda: prove(residues_, half_opened[:, 1:])) == [512]
+    few, many = (arithmetic.fixed_base_table([5], 256, uses) for uses in (17, 33))
+    assert few._masked
+    assert few.rows <= 6  # all entries of a block are read for every digit
+    assert not many._masked
 
 
 # --- which back end --------------------------------------------------------------------------
