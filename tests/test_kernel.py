@@ -303,7 +303,7 @@ def test_what_must_be_refused_is(backend: Backend) -> None:
 
 @needs_kernel
 def test_wrong_arguments_raise() -> None:
-    _kernel: Any = native._kernel
+    _kernel: Any = vars(native)["_kernel"]  # the real one, or emulated
     n = EVERY[8]
     arithmetic = native.Arithmetic(n)
     w, b = arithmetic.width, arithmetic.block_width
@@ -521,7 +521,8 @@ def test_secret_exponents_take_the_masked_path() -> None:
     n = p * q
     halves = [group.expand_half(bytes([k]) * 32, "half", bytes(16), 256) for k in (1, 2)]
     public_key = group.generate_public_key(group.StrongTrapdoor(p, q), *halves)
-    arithmetic, calls = native.Arithmetic(n), []
+    calls: list[tuple[object, ...]] = []
+    arithmetic: Any = native.Arithmetic(n)
     key = group.PublicKey(n, public_key.gamma, public_key.h, public_key.server)
     key.__dict__["arithmetic"] = arithmetic
     arithmetic._kernel = Recorder(arithmetic._kernel, calls)

@@ -4,19 +4,24 @@ Two classes of exponents take turns at random: one fixed, one drawn anew for eac
 t says whether their times differ: a |t| above 4.5 is taken for a leak (Reparaz, Balasch and
 Verbauwhede, "Dude, is my code constant time?", DATE 2017). Times above a percentile are left
 out, since interruptions are not of interest. A small |t| shows nothing about another machine.
+With --emulated the native kernel runs on emulated instructions: that says something about its
+C code, nothing about the real instructions.
 """
 
 import argparse
 import math
 import secrets
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dtl.core.crypto import residues
+from dtl.core.crypto import native, residues
 from dtl.core.crypto.arithmetic import MASKED_USES, Bytes, from_integers
+from tests.emulated import build
 
 BITS = 256  # of N: short calls
 EXPONENT_BITS = 257
@@ -29,7 +34,12 @@ def main() -> None:
     """Measure every operation, with the back end in use."""
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--calls", type=int, default=100_000, help="of each measurement")
-    calls = options.parse_args().calls
+    options.add_argument("--emulated", action="store_true", help="time the emulated kernel")
+    chosen = options.parse_args()
+    calls = chosen.calls
+    if chosen.emulated:
+        emulate()
+        print("emulated instructions: not those of a processor")
     print(f"kernel {residues.kernel_name()} (not native: {residues.why_not_native()})")
     n = secrets.randbits(BITS) | 1 | 1 << BITS - 1
     for name, run, bits in operations(residues.arithmetic(n)):
@@ -42,19 +52,26 @@ def main() -> None:
             print(f"{name}, {kind} against random: t = {t:.1f}, {verdict} ({mean:.0f} us a call)")
 
 
+def emulate() -> None:
+    """Put the native kernel, with emulated instructions, in the place of the one in use."""
+    crypto = Path(native.__file__).parent
+    library = Path(tempfile.mkdtemp()) / "_kernel.so"
+    build.build([crypto / "_kernel.c", crypto / "_ifma.c"], library)
+    vars(native).update(_kernel=build.load("dtl.core.crypto._kernel", library), _missing=None)
+
+
 def operations(arithmetic: residues.Arithmetic) -> list[tuple[str, Run, int]]:
     """(name, what to time, bits of its exponent)."""
     n2 = arithmetic.modulus**2
     base = from_integers([secrets.randbelow(n2)], arithmetic.width)
     eight = [secrets.randbelow(n2) for _ in range(8)]
-    packed = from_integers(eight, arithmetic.width)
     table = arithmetic.fixed_base_table(eight, BITS, MASKED_USES, groups=True)
 
     def half(exponent: int) -> Bytes:
         return arithmetic.shared_base_powers(base, [exponent], secret_bits=EXPONENT_BITS)
 
     def witness(exponent: int) -> Bytes:
-        return arithmetic.powers(packed, exponent, secret_bits=EXPONENT_BITS)
+        return arithmetic.powers(base, exponent, secret_bits=EXPONENT_BITS)
 
     def randomness(exponent: int) -> Bytes:
         return table.powers(from_integers([exponent], BITS // 8))
