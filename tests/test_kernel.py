@@ -25,7 +25,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dtl.core.crypto import group, native, portable, proof, release_proof, residues, scheme
-from dtl.core.crypto.arithmetic import Arithmetic, Bytes, from_integers, to_integers
+from dtl.core.crypto.arithmetic import (
+    Arithmetic,
+    Bytes,
+    best_window,
+    from_integers,
+    to_integers,
+)
 from dtl.core.errors import FormatError, UsageError, VerificationError
 from tests.emulated import build
 from tests.helpers import PRIMES, Cli, Round, random_arrays
@@ -193,6 +199,18 @@ def test_every_power_is_the_integers_one(backend: Backend, n: int) -> None:
     for row, weight in zip(rows, weights, strict=True):
         expected = [e * pow(v, weight, n2) % n2 for e, v in zip(expected, row, strict=True)]
     assert to_integers(product) == expected
+
+    if n.bit_length() <= 512:  # many bases: by Pippenger's buckets
+        many = [[secrets.randbelow(n2) for _ in range(2)] for _ in range(100)]
+        drawn = [0, 1, *(secrets.randbits(24) for _ in range(98))]
+        assert [best_window(count, 24) > 0 for count in (3, 100)] == [False, True]
+        flat = batch_of([number for row in many for number in row], arithmetic)
+        product = arithmetic.weighted_products(flat.reshape(100, 2, -1), from_integers(drawn, 3))
+        assert to_integers(product) == [
+            functools.reduce(lambda e, f: e * f % n2, (pow(row[k], weight, n2)
+            for row, weight in zip(many, drawn, strict=True)))
+            for k in range(2)
+        ]  # fmt: skip
 
     for count, uses in ((1, 1), (7, 3), (8, 400)):
         bases, m = x[-count:], [v % n for v in x[:count]]
@@ -365,7 +383,7 @@ def test_wrong_arguments_raise() -> None:
         (kernel.shared_base_powers, (x, b"", 2, out)),
         (kernel.shared_base_powers, (x, b"12", 1, out)),
         (kernel.shared_base_powers, (x, b"12", -1, out)),
-        (kernel.weighted_products, (x, b"123", 1, 0, out)),
+        (kernel.weighted_products, (x, b"123", 1, -1, out)),
         (kernel.weighted_products, (x, b"123", 1, 17, out)),
         (kernel.weighted_products, (x, b"12", 1, 4, out)),
         (kernel.weighted_products, (x, b"123", 1, 4, b"")),
@@ -494,7 +512,7 @@ def test_steps_with_secret_exponents_are_the_same_for_all_of_them(
 class Recorder:
     """In the place of the kernel's modulus: notes which functions are called, and how."""
 
-    def __init__(self, modulus: Any, calls: list[tuple[object, ...]]) -> None:
+    def __init__(self, modulus: Any, calls: list[tuple[str, int, list[int]]]) -> None:
         self._modulus, self._calls = modulus, calls
 
     def __getattr__(self, name: str) -> Any:
@@ -521,7 +539,7 @@ def test_secret_exponents_take_the_masked_path() -> None:
     n = p * q
     halves = [group.expand_half(bytes([k]) * 32, "half", bytes(16), 256) for k in (1, 2)]
     public_key = group.generate_public_key(group.StrongTrapdoor(p, q), *halves)
-    calls: list[tuple[object, ...]] = []
+    calls: list[tuple[str, int, list[int]]] = []
     arithmetic: Any = native.Arithmetic(n)
     key = group.PublicKey(n, public_key.gamma, public_key.h, public_key.server)
     key.__dict__["arithmetic"] = arithmetic
