@@ -497,13 +497,51 @@ def test_another_statement_or_order_is_refused() -> None:
 
 
 def test_a_zero_c_0_cannot_make_a_proof_of_anything() -> None:
-    """With c_0 = 0 in a group, Gamma would be 0, and t' = 0 would satisfy every equation."""
-    numbers = numbers_of(RELEASED)
+    """With c_0 = 0 in a group, Gamma is 0, and t' = 0 satisfies every equation."""
+    numbers, opened = numbers_of(RELEASED), numbers_of(HALF_OPENED)
     numbers[0][0] = 0
+    opened[1][2] = opened[1][2] * (1 + 5 * N) % N2
+    statement = ciphertext_of(numbers), ciphertext_of(opened)
+    forged = release_proof.prove(KEY, A, SEED, CORE, OF, *statement)
     width = 2 * WIDTH
-    forged = PROOF[: 7 * width] + bytes(7 * width) + PROOF[14 * width :]
-    assert not holds(ciphertext_of(numbers), found=forged)
-    assert not holds(found=forged)
+    assert forged[7 * width : 14 * width] == bytes(7 * width)
+    assert not holds(*statement, forged)
+
+
+def test_numbers_that_are_not_reduced_are_refused() -> None:
+    """All equations hold for them: only the ranges tell."""
+    numbers = numbers_of(RELEASED)
+    numbers[1][0] += N
+    assert not holds(ciphertext_of(numbers))
+    limit = 1 << 16 * WIDTH
+    opened, small = numbers_of(HALF_OPENED), 0
+    for row in opened:
+        for j, number in enumerate(row):
+            if number + N2 < limit:
+                row[j], small = number + N2, small + 1
+    assert small
+    longer = ciphertext_of(opened)
+    assert not holds(
+        opened=longer, found=release_proof.prove(KEY, A, SEED, CORE, OF, RELEASED, longer)
+    )
+
+
+def test_a_commitment_that_is_not_reduced_is_refused() -> None:
+    statement = release_proof._state(KEY, CORE, OF, RELEASED, HALF_OPENED)
+    gamma = int.from_bytes(statement.gamma.tobytes(), "little")
+
+    def forged(extra: int) -> bytes:
+        w = 1
+        while pow(KEY.g, w, N2) + N2 >= 1 << 16 * WIDTH:
+            w += 1
+        t = residues.from_integers([pow(KEY.g, w, N2) + extra] * 7, 2 * WIDTH)
+        t_prime = residues.from_integers([pow(gamma, w, N2)] * 7, 2 * WIDTH)
+        e = release_proof._challenge(statement, t, t_prime)
+        z = residues.from_integers([w + e * a for a in A], math.ceil((256 + 257) / 8))
+        return b"".join(part.tobytes() for part in (t, t_prime, z))
+
+    assert holds(found=forged(0))
+    assert not holds(found=forged(N2))
 
 
 @pytest.mark.parametrize("place", range(14))
