@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.[ch] core/lattice/*.[ch])
 
-.PHONY: demo test check bench bits vectors long faults fuzz engines clean
+.PHONY: demo test check bench bits timing vectors long faults fuzz engines clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -29,6 +29,11 @@ bench: $(VENV)/.base
 
 bits: $(VENV)/.test
 	$(BIN)/python tests/bits.py
+
+# Whether the time of powers depends on secret exponents, with the kernel in use; minutes.
+CALLS ?= 100000
+timing: $(VENV)/.test
+	$(BIN)/python -m tests.emulated.timing --calls $(CALLS)
 
 long: $(VENV)/.test
 	$(BIN)/python tests/long_run.py

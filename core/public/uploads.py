@@ -54,7 +54,7 @@ def read_groups(key: PublicKey, rows: Rows, first: int, count: int) -> Bytes:
 def open_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> Upload:
     """Open an upload of this job and check its form, signature and roster.
 
-    The file stays open in `stack`. Raises FormatError or VerificationError.
+    Raises FormatError or VerificationError.
     """
     container = stack.enter_context(Container(path))
     header = read_header(container, ("upload",), job.digest)
@@ -66,6 +66,7 @@ def open_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> Upload:
     length = proof.proof_length(job.public_key, job.codec.groups(header.values))
     container.require({PROOF: (length,), **job.result_shapes(header.values)})
     digest = container.verify(header.kind, participant.sign, work.progress, work.lanes).hex()
+    container.close()  # later reads open it anew: a process may not have 1,000 files open
     if header.roster != job.roster_digest:
         raise FormatError(f"{path}: made for another roster")
     if header.masked != job.masks:
