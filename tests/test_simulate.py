@@ -171,7 +171,7 @@ def test_thirty_rounds_train_as_well_as_in_the_clear(simulate: Simulate) -> None
 
 
 def test_bytes_and_views_are_those_of_the_files(simulate: Simulate, dtl: Cli) -> None:
-    folder = simulate("digits", "--participants", 4, "--rounds", 4, "--drop", 0.2, "--seed", 14)
+    folder = simulate("digits", "--participants", 4, "--rounds", 4, "--drop", 0.2, "--seed", 0)
     report = report_of(folder)
     parties = {party["name"]: party for party in report["parties"]}
     names = report["options"]["participants"]
@@ -247,8 +247,8 @@ def test_training_that_diverges_says_so(lr: str, simulate: Simulate, dtl: Cli) -
 @pytest.mark.parametrize(
     "wanted",
     [
-        ("--drop", 0.2, "--seed", 14),
-        ("--drop", 0.2, "--seed", 14, "--cipher", "direct"),
+        ("--drop", 0.2, "--seed", 0),
+        ("--drop", 0.2, "--seed", 0, "--cipher", "direct"),
         ("--optimizer", "adam"),
     ],
 )
@@ -280,7 +280,7 @@ def test_the_commands_of_a_run_do_the_same_by_hand(
 
 
 def test_missing_participants_are_named_and_admitted_once(simulate: Simulate, dtl: Cli) -> None:
-    wanted = ("--rounds", 6, "--drop", 0.3, "--seed", 3)  # with this seed, everything happens
+    wanted = ("--rounds", 6, "--drop", 0.3, "--seed", 19)  # with this seed, everything happens
     folder = simulate("digits", "--participants", 7, *wanted)
     report, outcomes = report_of(folder), set()
     roster = set(report["options"]["participants"])
@@ -345,7 +345,7 @@ def test_any_step_can_be_the_last_one_done(
     simulate: Simulate, dtl: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after each step in turn, before it was noted, a run goes on to the same model."""
-    wanted = ("--participants", 4, "--rounds", 4, "--drop", 0.2, "--seed", 14)
+    wanted = ("--participants", 4, "--rounds", 4, "--drop", 0.2, "--seed", 0)
     whole = (simulate("digits", *wanted) / "model.safetensors").read_bytes()
     folder = simulate("digits", *wanted, "--rounds", 1, out="stopped")
     note = Journal._note
