@@ -16,7 +16,7 @@ typedef uint32_t NAME(lanes) __attribute__((vector_size(64)));
 typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(64), aligned(4), may_alias));
 #define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #define IN_LANES(a, b, w, x, y, z)                                                                 \
-    SHUFFLE(NAME(lanes), a, b, w, x, y, z, w + 4, x + 4, y + 4, z + 4, w + 8, x + 8, y + 8,     \
+    SHUFFLE(NAME(lanes), a, b, w, x, y, z, w + 4, x + 4, y + 4, z + 4, w + 8, x + 8, y + 8,        \
                             z + 8, w + 12, x + 12, y + 12, z + 12)
 #define LOW32(a, b) IN_LANES(a, b, 0, 16, 1, 17)
 #define HIGH32(a, b) IN_LANES(a, b, 2, 18, 3, 19)
@@ -24,7 +24,7 @@ typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(64), aligned(4), m
 #define HIGH64(a, b) IN_LANES(a, b, 2, 3, 18, 19)
 /* Fours i and j of a, then of b. */
 #define FOURS(a, b, i, j)                                                                          \
-    SHUFFLE(NAME(lanes), a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1,        \
+    SHUFFLE(NAME(lanes), a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1,           \
                             4 * j + 2, 4 * j + 3, 16 + 4 * i, 17 + 4 * i, 18 + 4 * i, 19 + 4 * i,  \
                             16 + 4 * j, 17 + 4 * j, 18 + 4 * j, 19 + 4 * j)
 #elif CHACHA_LANES == 8

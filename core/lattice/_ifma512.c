@@ -53,6 +53,7 @@ enum { LANES = 8 };
 #define LOW_52 ((1ULL << 52) - 1)
 
 typedef uint64_t vec __attribute__((vector_size(64)));
+typedef int64_t signed_vec __attribute__((vector_size(64)));
 typedef uint64_t loose __attribute__((vector_size(64), aligned(8), may_alias));
 
 #define LOAD(from) ((vec)*(const loose *)(from))
@@ -92,8 +93,8 @@ INLINE void butterfly(vec *u, vec *v, Factor f, vec twice, vec minus)
 
 /* Both tables at `at`, the lanes in the order of a shuffle. */
 #define FACTORS(at, ...)                                                                           \
-    ((Factor){SHUFFLE(vec, LOAD(prime->inverses + (at)), SPLAT(0), __VA_ARGS__),        \
-              SHUFFLE(vec, LOAD(prime->inverses_quotient + (at)), SPLAT(0),             \
+    ((Factor){SHUFFLE(vec, LOAD(prime->inverses + (at)), SPLAT(0), __VA_ARGS__),                   \
+              SHUFFLE(vec, LOAD(prime->inverses_quotient + (at)), SPLAT(0),                        \
                                       __VA_ARGS__) >> 12})
 
 /* a s modulo p for a, s < p, below 2 p. The quotient is at most two too small. */
@@ -196,6 +197,68 @@ static void NAME(shares)(const Prime *prime, const uint64_t *words, const uint64
     }
 }
 
+/* Limb l of 52 bits of a number in words of 64 bits. */
+INLINE vec limb_of(const uint64_t words[4], int l)
+{
+    const int word = 52 * l / 64, shift = 52 * l % 64;
+    uint64_t limb = words[word] >> shift;
+    if (shift > 12 && word < 3)
+        limb |= words[word + 1] << (64 - shift);
+    return SPLAT(limb & LOW_52);
+}
+
+/* Carries, with their sign, into the next limb. */
+INLINE void carry(vec limbs[4])
+{
+    for (int l = 0; l < 3; l++) {
+        limbs[l + 1] += (vec)((signed_vec)limbs[l] >> 52);
+        limbs[l] &= LOW_52;
+    }
+}
+
+static void NAME(assemble)(const Ring *ring, const uint64_t (*shares)[BLOCK], size_t count,
+                           uint64_t (*numbers)[BLOCK])
+{
+    vec share[PRIMES][3], fraction[PRIMES], q[4];
+    for (int j = 0; j < PRIMES; j++) {
+        fraction[j] = SPLAT(ring->fraction[j] >> 12); /* floor(2^101 / p_j) */
+        for (int l = 0; l < 3; l++)
+            share[j][l] = limb_of(ring->share[j], l);
+    }
+    for (int l = 0; l < 4; l++)
+        q[l] = limb_of(ring->q, l);
+    for (size_t c = 0; c < count; c += LANES) {
+        /* Terms of y_j / p_j in units of 2^-51, each less than three units too small, so that the
+         * multiple of q is right or one too small. Limbs gather less than 2^56. */
+        vec parts = ZERO, number[4] = {ZERO, ZERO, ZERO, ZERO}, less[4];
+        for (int j = 0; j < PRIMES; j++) {
+            const vec y = LOAD(shares[j] + c);
+            parts += HI(y << 2, fraction[j]);
+            for (int l = 0; l < 3; l++) {
+                number[l] = LO(number[l], y, share[j][l]);
+                number[l + 1] += HI(y, share[j][l]);
+            }
+        }
+        const vec times = parts >> 51;
+        for (int l = 0; l < 4; l++) {
+            number[l] -= LO(ZERO, times, q[l]);
+            if (l < 3)
+                number[l + 1] -= HI(times, q[l]);
+        }
+        carry(number);
+        for (int l = 0; l < 4; l++)
+            less[l] = number[l] - q[l];
+        carry(less);
+        const vec keep = (vec)((signed_vec)less[3] >> 63);
+        for (int l = 0; l < 4; l++)
+            number[l] = (number[l] & keep) | (less[l] & ~keep);
+        STORE(numbers[0] + c, number[0] | number[1] << 52);
+        STORE(numbers[1] + c, number[1] >> 12 | number[2] << 40);
+        STORE(numbers[2] + c, number[2] >> 24 | number[3] << 28);
+        STORE(numbers[3] + c, number[3] >> 36);
+    }
+}
+
 static void NAME(canonical)(const Prime *prime, uint64_t *words, size_t count)
 {
     const vec p = SPLAT(prime->p), minus = SPLAT((1ULL << 52) - prime->p);
@@ -244,6 +307,7 @@ const Steps *lattice_ifma(void)
     steps.take = NAME(take);
     steps.canonical = NAME(canonical);
     steps.shares = NAME(shares);
+    steps.assemble = NAME(assemble);
     steps.slots = NAME(slots);
     return &steps;
 }

@@ -1,7 +1,7 @@
 /* The Python side of the lattice kernel: checks every size, releases the GIL, calls _body.c.
  *
- * Arrays come as C-contiguous, aligned buffers; results are written into buffers that the caller made.
- * Wrong sizes raise ValueError before anything is computed. native.py is the only caller.
+ * Arrays come as C-contiguous, aligned buffers; results are written into buffers that the caller
+ * made. Wrong sizes raise ValueError before anything is computed. native.py is the only caller.
  */
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -238,8 +238,8 @@ static PyObject *pad(PyObject *object, PyObject *args)
     size_t clamped = 0;
     Py_BEGIN_ALLOW_THREADS
     status = lattice_pad(self->ring, self->steps, b[K_A].buf, b[SECRET].buf, b[K_E].buf, masks,
-                         count, &part, &values, scale, one, limit, b[SEED].buf, (uint64_t)first_value,
-                         b[OUT].buf, &clamped);
+                         count, &part, &values, scale, one, limit, b[SEED].buf,
+                         (uint64_t)first_value, b[OUT].buf, &clamped);
     Py_END_ALLOW_THREADS
     if (status == LATTICE_MEMORY)
         PyErr_NoMemory();

@@ -228,7 +228,8 @@ static void NAME(pad)(const Prime *prime, size_t n, uint64_t *words, const uint6
     /* Two stages at a time; the last of them gives words. */
     for (; blocks; step *= 4, blocks /= 4)
         for (size_t i = 0; i < blocks / 2; i++) {
-            const reals w0 = zero + factors[blocks + 2 * i], w1 = zero + factors[blocks + 2 * i + 1];
+            const reals w0 = zero + factors[blocks + 2 * i];
+            const reals w1 = zero + factors[blocks + 2 * i + 1];
             const reals w2 = zero + factors[blocks / 2 + i];
             double *from = a + 4 * step * i;
             const bool last = blocks == 2;
@@ -342,5 +343,6 @@ static void NAME(shares)(const Prime *prime, const uint64_t *words, const uint64
         .keystream = NAME(keystream), .pad = NAME(pad), .popcounts = NAME(popcounts),              \
         .quantize_float = NAME(quantize_float), .quantize_double = NAME(quantize_double),          \
         .place = NAME(place), .gather = NAME(gather), .add = NAME(add), .take = NAME(take),        \
-        .canonical = NAME(canonical), .shares = NAME(shares), .slots = NAME(slots),                \
+        .canonical = NAME(canonical), .shares = NAME(shares),                                      \
+        .assemble = lattice_assemble, .slots = NAME(slots),                                        \
     }
