@@ -51,6 +51,12 @@ engines: $(VENV)/.test .links
 faults: $(VENV)/.test
 	$(BIN)/python -m tests.robustness.faults
 
+# Every defence of SECURITY.md removed in a copy, one by one: the tests named beside it must fail.
+# Again, some of them: make mutants MUTANTS="NAME NAME".
+mutants: $(VENV)/.test .links
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[flower]'
+	$(BIN)/python -m tests.mutants.run $(MUTANTS)
+
 # Mutated files through every command, guided by coverage where atheris can be installed;
 # again: make fuzz CASE=fuzz-failures/NAME.
 SECONDS ?= 60
