@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.[ch] core/lattice/*.[ch])
 
-.PHONY: demo test check bench bits timing vectors long faults fuzz engines clean
+.PHONY: demo test check bench bits timing vectors long faults fuzz engines mutants clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -50,6 +50,12 @@ engines: $(VENV)/.test .links
 # Every command that writes, broken at every one of its system calls (tests/robustness).
 faults: $(VENV)/.test
 	$(BIN)/python -m tests.robustness.faults
+
+# Every defence of SECURITY.md removed in a copy, one by one: the tests named beside it must fail.
+# Again, some of them: make mutants MUTANTS="NAME NAME".
+mutants: $(VENV)/.test .links
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[flower]'
+	$(BIN)/python -m tests.mutants.run $(MUTANTS)
 
 # Mutated files through every command, guided by coverage where atheris can be installed;
 # again: make fuzz CASE=fuzz-failures/NAME.

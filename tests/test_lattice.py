@@ -48,7 +48,7 @@ def emulated_kernel() -> Any:
     """The kernel with emulated AVX-512 (tests/emulated), built once."""
     library = FOLDER[0] / "emulated-lattice" / "_lattice.so"
     try:
-        build.build(SOURCES, library, ["-O2", "-ffp-contract=off"])
+        build.build(SOURCES, library)
     except build.NoCompiler as error:
         pytest.skip(f"AVX-512 IFMA cannot be emulated: {error}")
     return build.load("dtl.core.lattice._lattice", library)

@@ -157,10 +157,10 @@ def check_body(job: Job, release: Release, work: Work) -> None:
         return
     batches = job.codec.batches(values, work.lanes)
     tasks = ((job.codec, values, batch, body.read, str(release.path)) for batch in batches)
-    checked = work.map(
-        "check the body", _check_body, tasks, len(batches), public=True, threads=True
+    done = work.map(
+        "check the body", _check_body, tasks, len(batches), public=True, threads=job.codec.threads
     )
-    for _ in checked:
+    for _ in done:
         pass
 
 
