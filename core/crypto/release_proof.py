@@ -209,5 +209,6 @@ def _witness(key: PublicKey, seed: bytes, statement: _Statement) -> list[int]:
 
 def _challenge(statement: _Statement, t: Bytes, t_prime: Bytes) -> int:
     """e: 128 bits of the hash of the statement and the commitments."""
-    digest = hash_fields("dtl/v2/release-proof", *statement.items(), t.tobytes(), t_prime.tobytes())
+    items = (*statement.items(), *_items(t), *_items(t_prime))
+    digest = hash_fields("dtl/v2/release-proof", *items)
     return int.from_bytes(digest[:_WEIGHT_BYTES], "little")
