@@ -56,9 +56,7 @@ def context(job: Job, header: dict[str, Any], opened: str | None) -> masks.Conte
 def round_keys(job: Job, root: bytes, owner: str, about: masks.Context) -> dict[str, bytes]:
     """k_ij of one participant with all others."""
     others = [name for name in job.names if name != owner]
-    return {
-        other: about.round_key(masks.pair_seed(job, root, owner, other)) for other in others
-    }
+    return {other: about.round_key(masks.pair_seed(job, root, owner, other)) for other in others}
 
 
 def open_upload(

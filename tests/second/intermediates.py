@@ -156,9 +156,7 @@ class Witnessed:
         (content_key,) = keys  # one for all
         payload = releases.unseal(job, found, content_key)
         system = bytes.fromhex(self.inputs[path.name]["system"])
-        made = releases.commitments(
-            job, sealed.statement, server.secret["server_seed"], system
-        )
+        made = releases.commitments(job, sealed.statement, server.secret["server_seed"], system)
         require(made == [sealed.proof.t, sealed.proof.t_prime], 4, "another witness")
         halved = job.group.remove(found.residues(job), self.a)
         require([row[1:] for row in halved] == sealed.opened, 4, "not without the server's half")

@@ -242,15 +242,15 @@ def open_body(key: bytes, secret: Sequence[int], body: Body, shape: Shape) -> Op
     errors = []
     for polynomial, rows in enumerate(body):
         pads = []
-        for a, s, prime in zip(public(key, ring, polynomial), transformed, ring.primes, strict=True):
+        for a, s, prime in zip(
+            public(key, ring, polynomial), transformed, ring.primes, strict=True
+        ):
             products = [x * y % prime for x, y in zip(a, s, strict=True)]
             pads.append(coefficients(products, prime)[: len(rows[0])])
         bare = combine(ring, [rows], [pads], -1)[0]
         numbers = [_centred(_joined(ring, column), ring.q) for column in zip(*bare, strict=True)]
         noise = [(number + NOISE // 2) % NOISE - NOISE // 2 for number in numbers]
-        values = [
-            _digits((v - e) // NOISE, shape) for v, e in zip(numbers, noise, strict=True)
-        ]
+        values = [_digits((v - e) // NOISE, shape) for v, e in zip(numbers, noise, strict=True)]
         integers += [digits[slot] for slot in range(shape.slots) for digits in values]
         rest = integers[shape.values :]
         require(not any(rest), 4, "slots that are left over are not zero")

@@ -37,9 +37,7 @@ class Context:
 
     def info(self, label: str, *more: bytes) -> bytes:
         job = self.job
-        return fields(
-            label, job.digest, u32(self.round), self.base, self.opened, job.roster, *more
-        )
+        return fields(label, job.digest, u32(self.round), self.base, self.opened, job.roster, *more)
 
     def round_key(self, seed: bytes) -> bytes:
         """k_ij."""

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 

@@ -90,7 +90,8 @@ def _vector(fault: Fault, scene: Scene) -> dict[str, Any]:
             files[name] = splice(scene.read(name), raw)
         else:
             files[name] = _base64(raw)
-    return {
+    tried = {"tried": fault.tried} if fault.tried else {}
+    return tried | {
         "about": fault.about,
         "job": fault.scene,
         "command": fault.command.split(),
@@ -124,7 +125,6 @@ def make() -> dict[str, bytes]:
             folder = Path(name)
             dtl = Published(folder, title, wrapped)
             play(folder, dtl)
-            used |= dtl.used
             found = Witnessed(folder, dtl.inputs).everything()
             content = {
                 "files": files_of(folder),
@@ -132,13 +132,14 @@ def make() -> dict[str, bytes]:
                 "intermediates": intermediates_of(title, found),
             }
             made[f"{title}.json"] = encode(content)
-            scene = Scene(folder)
+            scene = Scene(dtl)
             for folder_name, faults in (("refused", all_faults()), ("accepted", accepted())):
                 for fault in faults:
                     if fault.scene == title:
                         path = f"{folder_name}/{fault.name}.json"
                         assert path not in made, path
                         made[path] = encode(_vector(fault, scene))
+            used |= dtl.used
     made[WRAPPED] = encode(used)
     return made
 

@@ -26,6 +26,7 @@ from dtl.core.roles import key_center
 from tests.helpers import PRIMES
 
 EPOCH = "1700000000"  # when all of it was made
+_hpke_wrap = primitives.hpke_wrap
 NANOSECONDS = int(EPOCH) * 10**9
 SYSTEM_BYTES = 64
 """What an upload, and the proof of a release, take from the operating system at once."""
@@ -50,6 +51,14 @@ class Published:
             if found != code:
                 raise SystemExit(f"dtl {' '.join(command)}: {found}\n{errors.getvalue()}")
 
+    def wrap(self, public: bytes, message: bytes, info: bytes) -> bytes:
+        """As `primitives.hpke_wrap`; what was wrapped once is taken from the file."""
+        name = primitives.hash_fields("wrapped", public, message, info).hex()[:32]
+        found = self.wrapped.get(name)
+        made = base64.b64decode(found) if found else _hpke_wrap(public, message, info)
+        self.used[name] = base64.b64encode(made).decode()
+        return made
+
     @contextlib.contextmanager
     def _published(self, command: Sequence[str]) -> Iterator[None]:
         calls: Counter[tuple[str, int]] = Counter()
@@ -72,15 +81,6 @@ class Published:
         def bits(count: int) -> int:
             return int.from_bytes(draw("randbits", -(-count // 8)), "little") >> -count % 8
 
-        hpke_wrap = primitives.hpke_wrap
-
-        def wrap(public: bytes, message: bytes, info: bytes) -> bytes:
-            name = primitives.hash_fields("wrapped", public, message, info).hex()[:32]
-            found = self.wrapped.get(name)
-            made = base64.b64decode(found) if found else hpke_wrap(public, message, info)
-            self.used[name] = base64.b64encode(made).decode()
-            return made
-
         replaced = {
             "token_bytes": lambda count: draw("token_bytes", count),
             "token_hex": lambda count: draw("token_hex", count).hex(),
@@ -94,7 +94,7 @@ class Published:
             for name, function in replaced.items():
                 stack.enter_context(patch.object(secrets, name, function))
             stack.enter_context(patch.object(time, "time_ns", lambda: NANOSECONDS))
-            stack.enter_context(patch.object(primitives, "hpke_wrap", wrap))
+            stack.enter_context(patch.object(primitives, "hpke_wrap", self.wrap))
             stack.enter_context(patch.object(key_center, "_safe_primes", _fixed_primes))
             stack.enter_context(patch.dict(os.environ, clean, clear=True))
             yield
