@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.[ch] core/lattice/*.[ch])
 
-.PHONY: demo test check bench bits vectors long faults fuzz engines clean
+.PHONY: demo test check bench bits timing vectors long faults fuzz engines clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -30,6 +30,11 @@ bench: $(VENV)/.base
 bits: $(VENV)/.test
 	$(BIN)/python tests/bits.py
 
+# Whether the time of powers depends on secret exponents, with the kernel in use; minutes.
+CALLS ?= 100000
+timing: $(VENV)/.test
+	$(BIN)/python -m tests.emulated.timing --calls $(CALLS)
+
 long: $(VENV)/.test
 	$(BIN)/python tests/long_run.py
 
@@ -45,6 +50,12 @@ engines: $(VENV)/.test .links
 # Every command that writes, broken at every one of its system calls (tests/robustness).
 faults: $(VENV)/.test
 	$(BIN)/python -m tests.robustness.faults
+
+# Every defence of SECURITY.md removed in a copy, one by one: the tests named beside it must fail.
+# Again, some of them: make mutants MUTANTS="NAME NAME".
+mutants: $(VENV)/.test .links
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[flower]'
+	$(BIN)/python -m tests.mutants.run $(MUTANTS)
 
 # Mutated files through every command, guided by coverage where atheris can be installed;
 # again: make fuzz CASE=fuzz-failures/NAME.

@@ -50,18 +50,18 @@ def aggregate(
     ] = None,
     close: Annotated[
         Path | None,
-        typer.Option(help="The close file, when somebody is missing.", show_default=False),
+        typer.Option(help="The close file, if somebody is missing.", show_default=False),
     ] = None,
     reveals: Annotated[
         list[Path] | None,
         typer.Option(
             metavar="R...",
-            help="With --close: the reveals of everyone who is in.",
+            help="With --close: the reveals of all contributors.",
             show_default=False,
         ),
     ] = None,
     skip_invalid: Annotated[
-        bool, typer.Option("--skip-invalid", help="Go on without the files that are refused.")
+        bool, typer.Option("--skip-invalid", help="Continue without the files that are refused.")
     ] = False,
     job: JobOption = None,
     passphrase_file: PassphraseOption = None,

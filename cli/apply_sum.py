@@ -25,7 +25,10 @@ EXAMPLE = """Example:
 
   dtl apply-sum sum-2.safetensors --model w1.safetensors --key job/alice.key
   --optimizer adam --lr 0.01 --state adam-1.safetensors --state-out adam-2.safetensors
-  -o w2.safetensors"""
+  -o w2.safetensors
+
+  dtl apply-sum sum-1.safetensors --model from-alice.safetensors --key job/dave.key
+  --adopt alice -o w1.safetensors"""
 
 
 def apply_sum(
@@ -34,7 +37,11 @@ def apply_sum(
         typer.Argument(metavar="SUM", help="The sum that open-model wrote.", show_default=False),
     ],
     model: Annotated[
-        Path, typer.Option(help="The model that it was computed on.", show_default=False)
+        Path,
+        typer.Option(
+            help="The model before the step, which the gradients were computed on.",
+            show_default=False,
+        ),
     ],
     out: OutOption,
     key: Annotated[
@@ -42,7 +49,7 @@ def apply_sum(
         typer.Option(
             "--key",
             envvar="DTL_KEY",
-            help="Your key file: its ledger then checks and records the step. Without it, "
+            help="Your key file. Its ledger checks and records the step; without it, "
             "encrypt-grads does not accept the new model.",
             show_default=False,
         ),
@@ -51,8 +58,8 @@ def apply_sum(
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Take no step: --model is the model after this sum, as NAME handed it over, "
-            "and you trust NAME.",
+            help="Take no step: --model is the model after this sum, which you got from NAME "
+            "and trust. The ledger records that.",
             show_default=False,
         ),
     ] = None,
@@ -64,11 +71,11 @@ def apply_sum(
     ] = defaults.LR,
     state: Annotated[
         Path | None,
-        typer.Option(help="What --state-out wrote the last time.", show_default=False),
+        typer.Option(help="The file that --state-out wrote in the last step.", show_default=False),
     ] = None,
     state_out: Annotated[
         Path | None,
-        typer.Option(help="Where momentum or adam remember what they need.", show_default=False),
+        typer.Option(help="The file for the state of momentum or adam.", show_default=False),
     ] = None,
     job: JobOption = None,
     passphrase_file: PassphraseOption = None,
@@ -76,7 +83,7 @@ def apply_sum(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Step along a released sum of gradients: for a model that the server does not keep."""
+    """Take a step along a released sum of gradients, where participants keep the model."""
     from dtl.core.errors import UsageError
     from dtl.core.learning import optimizers
 

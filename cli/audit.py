@@ -28,15 +28,17 @@ def audit(
     files: Annotated[
         list[Path],
         typer.Argument(
-            metavar="FILE...", help="Uploads, sums, models, reveals.", show_default=False
+            metavar="FILE...",
+            help="Uploads, sums, models, releases, reveals.",
+            show_default=False,
         ),
     ],
     key: KeyOption,
     model: Annotated[
         Path | None,
         typer.Option(
-            help="The model that the uploads are based on, opened or encrypted; needed to take "
-            "masks off from round 2 on.",
+            help="The model that the uploads are based on: encrypted, released or opened. Needed "
+            "from round 2 on, to remove the masks.",
             show_default=False,
         ),
     ] = None,
@@ -51,7 +53,7 @@ def audit(
         ),
     ] = None,
     unsigned: Annotated[
-        bool, typer.Option("--unsigned", help="Open files whose signature does not verify, too.")
+        bool, typer.Option("--unsigned", help="Also open files whose signature is invalid.")
     ] = False,
     job: JobOption = None,
     passphrase_file: PassphraseOption = None,
@@ -60,9 +62,10 @@ def audit(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Say of each file whether it is well-formed, opens, and keeps to the range; name culprits.
+    """Open files with the strong trapdoor; report what is wrong with them, and whose fault it is.
 
-    Statistics only; values go nowhere but to --plaintext. Ends with code 4 when any file is bad.
+    Prints statistics only; values are written to --plaintext and nowhere else. Ends with code 4
+    if any file is bad.
     """
     from dtl.core.errors import NotAllowedError, VerificationError
     from dtl.core.roles import auditor

@@ -36,7 +36,7 @@ def close_round(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Declare who is in and who is missing; nothing else is accepted for that round any more."""
+    """State who contributed and who is missing; that round then accepts no other upload."""
     from dtl.core.roles import server
 
     output = Output(json, quiet)

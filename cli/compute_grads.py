@@ -17,16 +17,22 @@ EXAMPLE = """Example:
 
 
 def compute_grads(
-    model: Annotated[Path, typer.Option(help="The plaintext model.", show_default=False)],
+    model: Annotated[
+        Path,
+        typer.Option(
+            help="The plaintext model: initial weights, or a file of open-model or apply-sum.",
+            show_default=False,
+        ),
+    ],
     data: Annotated[Path, typer.Option(help="Your own shard.", show_default=False)],
     out: OutOption,
     local_epochs: Annotated[
-        int, typer.Option(help="Train so many epochs; 0 for the gradient itself.")
+        int, typer.Option(help="Train this number of epochs; 0 for the gradient itself.")
     ] = 0,
     batch_size: Annotated[
         int | None,
         typer.Option(
-            help=f"Samples a step; by default {defaults.BATCH_SIZE} in local epochs, else all.",
+            help=f"Samples in a step; by default {defaults.BATCH_SIZE} in local epochs, else all.",
             show_default=False,
         ),
     ] = None,
@@ -42,7 +48,7 @@ def compute_grads(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Compute the gradient of the model's loss on a shard, or what local epochs take away."""
+    """Compute the gradient of the model's loss on a shard, or what local epochs change."""
     from dtl.core.learning import mlp
 
     training = mlp.LocalTraining(local_epochs, batch_size, local_lr, seed)

@@ -46,8 +46,8 @@ def encrypt_grads(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="The opened model or initial weights that the gradients are based on; "
-            "by default what compute-grads wrote into G.",
+            help="The model that the gradients are based on: a file that you opened or stepped "
+            "yourself, or initial weights; by default as compute-grads wrote into G.",
             show_default=False,
         ),
     ] = None,
@@ -71,14 +71,15 @@ def encrypt_grads(
         bool,
         typer.Option(
             "--own-step",
-            help="In a job of sums: --model is what your own program made of the last opened "
-            "sum. The ledger records it.",
+            help="In a job of sums: your own program took the step along the last opened sum, "
+            "and --model is the model after it. The ledger records that.",
         ),
     ] = False,
     accept_differencing: Annotated[
         bool,
         typer.Option(
-            "--accept-differencing", help="Allow a second upload on one base (a void round)."
+            "--accept-differencing",
+            help="Allow a second upload on one base, to repeat a void round.",
         ),
     ] = False,
     job: JobOption = None,

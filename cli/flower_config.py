@@ -53,6 +53,14 @@ def flower_config(
             show_default=False,
         ),
     ] = None,
+    send_uploads: Annotated[
+        bool,
+        typer.Option(
+            "--send-uploads",
+            help="Send what each release was made of along with it: nodes whose configuration "
+            "says recompute=true take no other.",
+        ),
+    ] = False,
     round_timeout: Annotated[
         float, typer.Option(help="Seconds to wait for the answers of a step.")
     ] = defaults.ROUND_SECONDS,
@@ -99,6 +107,7 @@ def flower_config(
         "initial": str(initial.absolute()),
         "rounds": rounds,
         "registered-only": registered_only,
+        "send-uploads": send_uploads,
         "by-hand": ",".join(manual) if manual else None,
         "round-timeout": round_timeout,
         "start-timeout": start_timeout,

@@ -20,9 +20,10 @@ def inspect(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Say what a file is, whom it belongs to, what it says of itself; never a secret.
+    """Describe a file: its kind, its owner, its content; never a secret.
 
-    The job file defaults to job.json beside FILE; with one, the signature is checked too.
+    The job file defaults to job.json in the folder of FILE. With a job file, the signature is
+    checked as well.
     """
     from dtl.core.roles import observer
 

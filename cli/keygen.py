@@ -44,12 +44,17 @@ def keygen(
     cipher: Annotated[
         CipherName,
         typer.Option(
-            help="lattice: values under a one-time lattice pad, whose secret is under the double "
-            "trapdoor; direct: every value under the double trapdoor itself."
+            help="lattice: a one-time lattice pad hides the values, and the double trapdoor "
+            "encrypts the pad's secret. direct: the double trapdoor encrypts every value; no "
+            "lattice assumption, but larger and much slower."
         ),
     ] = CipherName.LATTICE,
     no_masks: Annotated[
-        bool, typer.Option("--no-masks", help="Do without pairwise masks.")
+        bool,
+        typer.Option(
+            "--no-masks",
+            help="No pairwise masks: the server and any participant can open every upload.",
+        ),
     ] = False,
     discard_master: Annotated[
         bool,
@@ -65,7 +70,7 @@ def keygen(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Make a job: the public job file, and a key for the center, the server and everyone."""
+    """Make a job: a public job file, and keys for the center, the server and each participant."""
     from dtl.core.files.key_file import read_passphrase
     from dtl.core.roles import key_center
 

@@ -28,7 +28,10 @@ from dtl.cli.options import (
 
 EXAMPLE = """Example:
 
-  dtl open-model model-1.release --key job/alice.key -o w1.safetensors"""
+  dtl open-model model-1.release --key job/alice.key -o w1.safetensors
+
+  dtl open-model model-2.release --key job/alice.key --uploads alice.upload bob.upload
+  carol.upload --model model-1.enc -o w2.safetensors"""
 
 
 def open_model(
@@ -45,8 +48,8 @@ def open_model(
         bool,
         typer.Option(
             "--after-failure",
-            help="Go on although an earlier release did not open. Each attempt that fails can "
-            "tell the server one bit.",
+            help="Open this release although an earlier one did not open. Find out why first: each "
+            "failed attempt can tell the server one bit.",
         ),
     ] = False,
     job: JobOption = None,
@@ -62,7 +65,8 @@ def open_model(
     """Check a release and open it: the plaintext model, or the sum of the gradients.
 
     With --uploads (and --model or --initial, and --reveals) the server's result is recomputed
-    before your half is used.
+    first. Without, it is checked that the release is the result that the server signed, not
+    that this result is the sum of the uploads.
     """
     from dtl.core.errors import UsageError
     from dtl.core.public.verification import Evidence

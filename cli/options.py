@@ -35,7 +35,7 @@ JobOption = Annotated[
     typer.Option(
         "--job",
         envvar="DTL_JOB",
-        help="The public job file; by default job.json beside the key.",
+        help="The public job file; by default job.json in the folder of the key.",
         show_default=False,
     ),
 ]
@@ -55,7 +55,7 @@ OutOption = Annotated[
     Path, typer.Option("--out", "-o", help="The file to write.", show_default=False)
 ]
 ForceOption = Annotated[
-    bool, typer.Option("--force", help="Overwrite the output. Keys and ledgers never are.")
+    bool, typer.Option("--force", help="Overwrite the output; never a key or a ledger.")
 ]
 WorkersOption = Annotated[
     int | None,
@@ -86,7 +86,10 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as on
 UploadsOption = Annotated[
     list[Path] | None,
     typer.Option(
-        "--uploads", metavar="U...", help="The uploads it was made of.", show_default=False
+        "--uploads",
+        metavar="U...",
+        help="The uploads that the result was made of.",
+        show_default=False,
     ),
 ]
 ParentsOption = Annotated[
@@ -94,7 +97,8 @@ ParentsOption = Annotated[
     typer.Option(
         "--model",
         metavar="PARENT",
-        help="The model it goes on from; again for the one before, back to round 1.",
+        help="The encrypted model before the result. verify takes earlier ones, too: repeat the "
+        "option, back to round 1.",
         show_default=False,
     ),
 ]
@@ -104,7 +108,12 @@ InitialOption = Annotated[
 ]
 RevealsOption = Annotated[
     list[Path] | None,
-    typer.Option("--reveals", metavar="R...", help="The reveals, if any.", show_default=False),
+    typer.Option(
+        "--reveals",
+        metavar="R...",
+        help="The reveals, if somebody was missing.",
+        show_default=False,
+    ),
 ]
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no progress, and no result but that of --json.")

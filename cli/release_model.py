@@ -1,4 +1,4 @@
-"""`dtl release-model`: the server takes its half off and seals the result."""
+"""`dtl release-model`: the server removes its half, proves that, and seals it."""
 
 from pathlib import Path
 from typing import Annotated
@@ -48,12 +48,15 @@ def release_model(
     ] = None,
     min_rounds: Annotated[
         int | None,
-        typer.Option(help="Only to who contributed to so many rounds.", show_default=False),
+        typer.Option(
+            help="Only to those who contributed to at least this number of rounds.",
+            show_default=False,
+        ),
     ] = None,
     min_share: Annotated[
         float | None,
         typer.Option(
-            help="Only to who contributed to this share of the model's rounds.",
+            help="Only to those who contributed to at least this share of the model's rounds.",
             show_default=False,
         ),
     ] = None,
@@ -61,14 +64,15 @@ def release_model(
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Let somebody in, once, who could not contribute yet.",
+            help="Also to these, who could not contribute yet. Each can be admitted once.",
             show_default=False,
         ),
     ] = None,
     accept_differencing: Annotated[
         bool,
         typer.Option(
-            "--accept-differencing", help="Allow a second result on one base (a void round)."
+            "--accept-differencing",
+            help="Allow a second result on one base, to repeat a void round.",
         ),
     ] = False,
     job: JobOption = None,

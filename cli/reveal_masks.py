@@ -1,4 +1,4 @@
-"""`dtl reveal-masks`: a participant helps to take off the masks of those who are missing."""
+"""`dtl reveal-masks`: a participant helps to remove the masks of the missing."""
 
 from pathlib import Path
 from typing import Annotated
@@ -34,7 +34,7 @@ def reveal_masks(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Reveal the masks that you share with the missing, of this one round, once."""
+    """Reveal the masks that you share with missing participants, for this one round."""
     from dtl.core.roles import participant
 
     output = Output(json, quiet)

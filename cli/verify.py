@@ -29,7 +29,9 @@ EXAMPLE = """Example:
   --uploads alice.upload bob.upload carol.upload
 
   dtl verify model-2.enc --job job/job.json --model model-1.enc --initial w0.safetensors
-  --uploads *.upload"""
+  --uploads *.upload
+
+  dtl verify model-1.release --key job/alice.key --initial w0.safetensors --uploads *.upload"""
 
 
 def verify(
@@ -44,8 +46,8 @@ def verify(
         Path | None,
         typer.Option(
             "--key",
-            help="The key of a participant that a release is granted to: its sealed part is "
-            "checked as well.",
+            help="For a release: the key of a participant that it is granted to. The sealed part "
+            "is then checked as well.",
             show_default=False,
         ),
     ] = None,
@@ -59,9 +61,9 @@ def verify(
 ) -> None:
     """Check a file with public files only; recompute the server's result bit for bit.
 
-    The job file defaults to job.json beside FILE. Exit code 0 says that all that was checked
-    holds; the server's result is recomputed, and so checked, only with --uploads, and the
-    sealed part of a release only with --key.
+    The job file defaults to job.json in the folder of FILE. Exit code 0 means that everything
+    that was checked holds. The server's result is recomputed only with --uploads, and the
+    sealed part of a release is checked only with --key.
     """
     from dtl.core.files.job_file import Job
     from dtl.core.public.verification import Evidence

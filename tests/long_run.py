@@ -55,7 +55,7 @@ def many_uploads(folder: Path) -> float:
         gradients = folder / "g.safetensors"
         values = generator.normal(0, 0.01, 100)
         save_file({"x": values}, gradients)
-        total += np.rint(values * 2**20 / UPLOADS).astype(np.int64)
+        total += np.rint(values * 2**16 / UPLOADS).astype(np.int64)
         uploads.append(folder / f"{name}.upload")
         key = ("--key", folder / "job" / f"{name}.key", "--rounding", "nearest", "--round", 1)
         dtl("encrypt-grads", gradients, *key, "-o", uploads[-1], "--quiet")
@@ -66,7 +66,7 @@ def many_uploads(folder: Path) -> float:
     dtl("release-model", folder / "sum", *server, "-o", folder / "release")
     opened = folder / "sum.safetensors"
     dtl("open-model", folder / "release", "--key", folder / "job" / "p250.key", "-o", opened, "-q")
-    found = load_file(opened)["x"] * 2**20
+    found = load_file(opened)["x"] * 2**16
     if found.tolist() != total.tolist():
         raise SystemExit("the sum of many uploads is wrong")
     return seconds

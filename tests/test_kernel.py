@@ -4,6 +4,8 @@ Where the processor has no AVX-512 IFMA, the kernel runs on emulated instruction
 (tests/emulated), so that it is tested on every machine with a compiler.
 """
 
+import ctypes
+import functools
 import os
 import secrets
 import shutil
@@ -22,14 +24,22 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dtl.core.crypto import native, portable, residues
-from dtl.core.crypto.arithmetic import Arithmetic, Bytes, from_integers, to_integers
+from dtl.core.crypto import group, native, portable, proof, release_proof, residues, scheme
+from dtl.core.crypto.arithmetic import (
+    Arithmetic,
+    Bytes,
+    best_window,
+    from_integers,
+    to_integers,
+)
 from dtl.core.errors import FormatError, UsageError, VerificationError
+from dtl.core.lattice import ring
 from tests.emulated import build
 from tests.helpers import PRIMES, Cli, Round, random_arrays
 
 CRYPTO = Path(__file__).parent.parent / "core" / "crypto"
 SIZES = (256, 264, 512, 1040, 1664, 2048, 3072, 4096, 8192)  # bits of N; N^2 has twice as many
+REAL_KERNEL = getattr(native, "_kernel", None)
 NAME = "dtl.core.crypto._kernel"
 SOURCES = [CRYPTO / "_kernel.c", CRYPTO / "_ifma.c"]
 
@@ -95,6 +105,17 @@ def blocks_of(numbers: list[int], arithmetic: Arithmetic) -> Bytes:
 
 
 EVERY = list(moduli())
+MOST_EMULATED_BITS = 2048  # emulated instructions are slow
+
+
+def skip_if_slow(arithmetic: Arithmetic) -> None:
+    if getattr(native, "_kernel", None) is not REAL_KERNEL and (
+        isinstance(arithmetic, native.Arithmetic)
+        and arithmetic.modulus.bit_length() > MOST_EMULATED_BITS
+    ):
+        pytest.skip("emulated instructions are slow")
+
+
 IDS = [
     f"{n.bit_length()}-{kind}"
     for n, kind in zip(EVERY, ["least", "ones", "random"] * 9, strict=True)
@@ -105,6 +126,7 @@ Backend = Callable[[int], Arithmetic]
 @pytest.mark.parametrize("n", EVERY, ids=IDS)
 def test_every_operation_is_the_integers_one(backend: Backend, n: int) -> None:
     arithmetic, n2, x = backend(n), n * n, operands(n)
+    skip_if_slow(arithmetic)
     y = [*x[5:], *x[:5]]
     first, second = batch_of(x, arithmetic), batch_of(y, arithmetic)
 
@@ -158,9 +180,10 @@ def test_every_operation_is_the_integers_one(backend: Backend, n: int) -> None:
 @pytest.mark.parametrize("n", EVERY[2::3], ids=IDS[2::3])
 def test_every_power_is_the_integers_one(backend: Backend, n: int) -> None:
     arithmetic, n2, x = backend(n), n * n, operands(n)
+    skip_if_slow(arithmetic)
     exponents = [0, 1, 2, 6, (1 << 64) - 1, 1 << 63, secrets.randbits(60)]
     batch = batch_of(x, arithmetic)
-    for bits in (None, 64, 65, 67):
+    for bits in (None, 64, 67):
         found = arithmetic.shared_base_powers(batch, exponents, secret_bits=bits)
         assert found.shape == (len(x), len(exponents), arithmetic.width)
         assert to_integers(found) == [pow(v, e, n2) for v in x for e in exponents]
@@ -177,6 +200,18 @@ def test_every_power_is_the_integers_one(backend: Backend, n: int) -> None:
     for row, weight in zip(rows, weights, strict=True):
         expected = [e * pow(v, weight, n2) % n2 for e, v in zip(expected, row, strict=True)]
     assert to_integers(product) == expected
+
+    if n.bit_length() <= 512:  # many bases: by Pippenger's buckets
+        many = [[secrets.randbelow(n2) for _ in range(2)] for _ in range(100)]
+        drawn = [0, 1, *(secrets.randbits(24) for _ in range(98))]
+        assert [best_window(count, 24) > 0 for count in (3, 100)] == [False, True]
+        flat = batch_of([number for row in many for number in row], arithmetic)
+        product = arithmetic.weighted_products(flat.reshape(100, 2, -1), from_integers(drawn, 3))
+        assert to_integers(product) == [
+            functools.reduce(lambda e, f: e * f % n2, (pow(row[k], weight, n2)
+            for row, weight in zip(many, drawn, strict=True)))
+            for k in range(2)
+        ]  # fmt: skip
 
     for count, uses in ((1, 1), (7, 3), (8, 400)):
         bases, m = x[-count:], [v % n for v in x[:count]]
@@ -287,7 +322,7 @@ def test_what_must_be_refused_is(backend: Backend) -> None:
 
 @needs_kernel
 def test_wrong_arguments_raise() -> None:
-    _kernel: Any = native._kernel
+    _kernel: Any = vars(native)["_kernel"]  # the real one, or emulated
     n = EVERY[8]
     arithmetic = native.Arithmetic(n)
     w, b = arithmetic.width, arithmetic.block_width
@@ -349,7 +384,7 @@ def test_wrong_arguments_raise() -> None:
         (kernel.shared_base_powers, (x, b"", 2, out)),
         (kernel.shared_base_powers, (x, b"12", 1, out)),
         (kernel.shared_base_powers, (x, b"12", -1, out)),
-        (kernel.weighted_products, (x, b"123", 1, 0, out)),
+        (kernel.weighted_products, (x, b"123", 1, -1, out)),
         (kernel.weighted_products, (x, b"123", 1, 17, out)),
         (kernel.weighted_products, (x, b"12", 1, 4, out)),
         (kernel.weighted_products, (x, b"123", 1, 4, b"")),
@@ -392,6 +427,148 @@ def test_threads_share_one_table() -> None:
         thread.join()
     for i, exponent in enumerate(exponents):
         assert found[i] == [pow(base, exponent, n * n) for base in bases]
+
+
+# --- constant time ---------------------------------------------------------------------------
+
+
+class Tracer:
+    """The kernel, built to record every branch and every address (tests/emulated/trace.c)."""
+
+    OPTIONS = ("-fsanitize=thread", "-fsanitize-coverage=trace-pc", "-fno-builtin-memcpy",
+               "-fno-builtin-memset")  # fmt: skip
+    WRAPPED = ("memcpy", "memset", "aligned_alloc", "free")
+
+    def __init__(self, folder: Path) -> None:
+        objects = []
+        for source, options in (
+            (CRYPTO / "_ifma.c", self.OPTIONS),
+            (CRYPTO / "_kernel.c", ()),
+            (build.HERE / "trace.c", ()),
+        ):
+            objects.append(folder / f"{source.stem}.o")
+            build.compile_object(source, objects[-1], options)
+        library = folder / "traced.so"
+        build.link(objects, library, [f"-Wl,--wrap={name}" for name in self.WRAPPED])
+        self.kernel = build.load(NAME, library)
+        self._functions = ctypes.CDLL(str(library))
+        for function in (self._functions.trace_stop, self._functions.trace_events):
+            function.restype = ctypes.c_uint64
+
+    def steps(self, run: Callable[[], object]) -> tuple[int, int]:
+        """A hash over all steps of a run, and their number."""
+        self._functions.trace_start()
+        run()
+        return self._functions.trace_stop(), self._functions.trace_events()
+
+
+@pytest.fixture(scope="module")
+def tracer(tmp_path_factory: pytest.TempPathFactory) -> Tracer:
+    try:
+        return Tracer(tmp_path_factory.mktemp("traced"))
+    except build.NoCompiler as error:
+        pytest.skip(str(error))
+
+
+def test_steps_with_secret_exponents_are_the_same_for_all_of_them(
+    tracer: Tracer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every branch and every address, of powers by a half or by w, and of the comb for r.
+
+    The variable-time functions beside them show that the recorder sees the difference.
+    """
+    monkeypatch.setattr(native, "_kernel", tracer.kernel, raising=False)
+    n = secrets.randbits(256) | 1 | 1 << 255
+    arithmetic = native.Arithmetic(n)
+    kernel, width = arithmetic._kernel, arithmetic.width
+    bases = from_integers([secrets.randbelow(n * n) for _ in range(8)], width)
+    exponents, out = np.zeros((3, 9), np.uint8), np.zeros((8, 3, width), np.uint8)
+    table = kernel.table(bases, 4, 18, 9, True)
+    for block in range(2):
+        table.fill(block)
+    drawn = np.frombuffer(secrets.token_bytes(2 * exponents.size), np.uint8)
+    secret = [*drawn.reshape(2, 3, 9), np.zeros((3, 9)), np.full((3, 9), 255)]
+
+    def recorded(run: Callable[[], object]) -> set[tuple[int, int]]:
+        found = set()
+        for numbers in secret:
+            exponents[...] = numbers
+            found.add(tracer.steps(run))
+        return found
+
+    masked = [
+        lambda: kernel.secret_powers(bases, exponents, 9, 70, out),
+        lambda: table.powers(exponents, 9, None, True, out),
+    ]
+    variable = [
+        lambda: kernel.shared_base_powers(bases, exponents, 9, out),
+        lambda: table.powers(exponents, 9, None, False, out),
+    ]
+    for run in masked:
+        assert len(recorded(run)) == 1
+    for run in variable:
+        assert len(recorded(run)) == len(secret)
+
+
+class Recorder:
+    """In the place of the kernel's modulus: notes which functions are called, and how."""
+
+    def __init__(self, modulus: Any, calls: list[tuple[str, int, list[int]]]) -> None:
+        self._modulus, self._calls = modulus, calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "secret_powers":
+            return self._secret_powers
+        if name == "shared_base_powers":
+            return self._public_powers
+        return getattr(self._modulus, name)
+
+    def _secret_powers(self, bases: Bytes, exponents: Bytes, width: int, bits: int, out: Bytes
+    ) -> None:  # fmt: skip
+        self._calls.append(("secret", bits, to_integers(exponents)))
+        self._modulus.secret_powers(bases, exponents, width, bits, out)
+
+    def _public_powers(self, bases: Bytes, exponents: Bytes, width: int, out: Bytes) -> None:
+        self._calls.append(("public", 0, to_integers(exponents)))
+        self._modulus.shared_base_powers(bases, exponents, width, out)
+
+
+@needs_kernel
+def test_secret_exponents_take_the_masked_path() -> None:
+    """Halves, sums of halves, w of both proofs, and r of a short vector."""
+    p, q = PRIMES[512]
+    n = p * q
+    halves = [group.expand_half(bytes([k]) * 32, "half", bytes(16), 256) for k in (1, 2)]
+    public_key = group.generate_public_key(group.StrongTrapdoor(p, q), *halves)
+    calls: list[tuple[str, int, list[int]]] = []
+    arithmetic: Any = native.Arithmetic(n)
+    key = group.PublicKey(n, public_key.gamma, public_key.h, public_key.server)
+    key.__dict__["arithmetic"] = arithmetic
+    arithmetic._kernel = Recorder(arithmetic._kernel, calls)
+
+    def secret_bits(run: Callable[[], object]) -> list[int]:
+        calls.clear()
+        run()
+        return [bits for kind, bits, _ in calls if kind == "secret"]
+
+    blocks = np.zeros((3, 7, arithmetic.block_width), np.uint8)
+    randomness = np.frombuffer(secrets.token_bytes(96), np.uint8).reshape(3, 32)
+    residues_ = scheme.encrypt(key, blocks, randomness, 3)
+    sums = [a + b for a, b in zip(*halves, strict=True)]
+    stream = secrets.token_bytes(proof.witness_bytes(key, 3))
+    assert secret_bits(lambda: group.has_halves(key, *halves)) == [257, 257]
+    assert secret_bits(lambda: scheme.apply_half(key, residues_, halves[1])) == [257]
+    assert [values for kind, _, values in calls if kind == "public"] == [[n]]  # the lift
+    assert secret_bits(lambda: scheme.well_formed(key, residues_, blocks, sums)) == [259]
+    assert secret_bits(lambda: proof.commit(key, 3, stream)) == [256 + 256 + 2]
+    rho = release_proof.weights(b"core", b"of", bytes(64), 3)
+    base = release_proof.base_product(key, residues_, rho)
+    prove = functools.partial(release_proof.prove, key, halves[0], b"s" * 32, b"core", b"of")
+    assert secret_bits(lambda: prove(bytes(64), base)) == [257, 512]
+    few, many = (arithmetic.fixed_base_table([5], 256, uses) for uses in (17, 33))
+    assert few._masked
+    assert few.rows <= 6  # all entries of a block are read for every digit
+    assert not many._masked
 
 
 # --- which back end --------------------------------------------------------------------------
@@ -445,6 +622,8 @@ def test_both_back_ends_write_the_same_files(
     monkeypatch.setattr(secrets, "token_bytes", lambda count: b"\7" * count)
     monkeypatch.setattr(time, "time_ns", lambda: 1_700_000_000_000_000_000)
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    # The lattice's back ends are held against one another in test_lattice.
+    monkeypatch.setattr(ring, "lattice_kernel_name", lambda: ring.NUMPY)
     round_ = new_round(masks=masks)
     given = {name: random_arrays(n) for n, name in enumerate(round_.names)}
     ledgers = {path: path.read_bytes() for path in round_.keys.glob("*.ledger")}
@@ -464,9 +643,14 @@ def test_both_back_ends_write_the_same_files(
 # --- memory ----------------------------------------------------------------------------------
 
 
-@needs_kernel
 def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
-    """Build it with -fsanitize=address,undefined, and run these very tests on that build."""
+    """Build it with -fsanitize=address,undefined, and run these very tests on that build.
+
+    With emulated instructions building alone takes a minute: only where DTL_SLOW_TESTS is set.
+    """
+    emulated = REAL_KERNEL is None or bool(REAL_KERNEL.unavailable())
+    if emulated and not os.environ.get("DTL_SLOW_TESTS"):
+        pytest.skip("emulated instructions under sanitizers: set DTL_SLOW_TESTS to run this")
     compiler = shutil.which(os.environ.get("CC", "gcc"))
     if compiler is None:
         pytest.skip("no compiler")
@@ -479,6 +663,7 @@ def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
 
     flags = ["-std=c11", "-O1", "-g", "-fPIC", "-shared", "-fno-sanitize-recover=all"]
     flags += ["-fsanitize=address,undefined", f"-I{sysconfig.get_paths()['include']}"]
+    flags += [f"-I{build.HERE}", "-DDTL_EMULATED", "-Wno-psabi"] if emulated else []
     built = tmp_path / "_kernel.abi3.so"
     sources = [CRYPTO / "_kernel.c", CRYPTO / "_ifma.c"]
     made = subprocess.run(
@@ -499,14 +684,17 @@ def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
         "sys.modules[loader.name] = dtl.core.crypto._kernel = module\n"
         "from tests import test_kernel as t\n"
         "assert t.native._kernel is module\n"
-        "for n in t.EVERY[2:21:3] + t.EVERY[-1:]:\n"
+        "emulated = sys.argv[2] == 'True'\n"
+        "for n in t.EVERY[2:9:3] if emulated else t.EVERY[2:21:3] + t.EVERY[-1:]:\n"
         "    t.test_every_operation_is_the_integers_one(t.native.Arithmetic, n)\n"
-        "for n in t.EVERY[2:21:6]:\n"
+        "for n in t.EVERY[2:3] if emulated else t.EVERY[2:21:6]:\n"
         "    t.test_every_power_is_the_integers_one(t.native.Arithmetic, n)\n"
         "t.test_empty_batches(); t.test_wrong_arguments_raise(); t.test_threads_share_one_table()\n"
         "t.test_what_must_be_refused_is(t.native.Arithmetic)\n"
         "print('clean')\n"
     )
     environment = os.environ | {"LD_PRELOAD": library, "ASAN_OPTIONS": "detect_leaks=0"}
-    found = run(sys.executable, "-c", code, built, cwd=CRYPTO.parent.parent, env=environment)
+    found = run(
+        sys.executable, "-c", code, built, emulated, cwd=CRYPTO.parent.parent, env=environment
+    )
     assert found.stdout.strip() == "clean", found.stderr[-4000:]

@@ -250,7 +250,7 @@ def test_a_sum_is_applied_once_and_to_a_model(dtl: Cli, tmp_path: Path) -> None:
     start, first, second, one, two = files
     for path, kind, number in ((start, "weights", 0), (first, "sum", 1), (second, "sum", 2)):
         base = str(number) * 128
-        known = {"kind": kind, "round": number, "base": base, "opened": base}
+        known = {"kind": kind, "round": number, "base": base, "opened": base, "content": None}
         write_arrays(path, weights, "F32", PlainMetadata.check({"format": FORMAT, **known}, ""))
 
     def step(total: Path, model: Path, out: Path, *more: object, code: int = 0) -> Result:

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from tests.helpers import Cli
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+SECURITY = (ROOT / "SECURITY.md").read_text()
 
 
 def shell_blocks() -> list[str]:
@@ -51,6 +53,7 @@ def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert scores[0] > 0.3
     assert scores[1] > 0.9
     assert "may open" in done.stdout
+    assert re.findall(r"^recomputed +(\w+)", done.stdout, re.M) == ["no"] * 4 + ["yes"] * 2
     assert re.search(r"^rounds recomputed +2 *$", done.stdout, re.M)
     verdicts = re.findall(r"^verdict +(\w+)", done.stdout, re.M)
     assert verdicts == ["good"] * 5
@@ -109,6 +112,24 @@ def test_the_bare_command_helps_and_the_shell_completes() -> None:
         ["dtl", "--version"], env=clean, capture_output=True, text=True, check=True
     )
     assert re.fullmatch(r"dtl \d+\.\d+\.\d+\n", done.stdout)
+
+
+def test_security_names_tests_that_exist() -> None:
+    sources = (path.read_text() for path in ROOT.glob("tests/**/*.py"))
+    tests = {name for source in sources for name in re.findall(r"def (test_\w+)", source)}
+    named = re.findall(r"[`:](\.{3}|)(_?\w*?test_\w+|_with_\w+)(\.{3}|)", SECURITY)
+    assert len(named) > 20
+    for left_out, name, cut in named:
+        if not left_out:
+            assert name in tests or (cut and any(t.startswith(name) for t in tests)), name
+        else:
+            assert any(t.endswith(name) for t in tests), name
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    versions = re.findall(r"^## \[(\d[\d.]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert versions[0] == project["version"]
 
 
 def test_links_lead_somewhere() -> None:

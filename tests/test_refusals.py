@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dtl.core.ciphers import CIPHERS
 from dtl.core.crypto import primitives
 from dtl.core.files import canonical_json
 from dtl.core.files.container import Container
 from tests.forging import resign
-from tests.helpers import Arrays, Cli, Round, random_arrays
+from tests.helpers import THREE, Arrays, Cli, Round, random_arrays
 
 NewRound = Callable[..., Round]
 
@@ -101,7 +102,10 @@ def run_code(round_: Round, arguments: tuple[object, ...]) -> int:
         ({"signer": "bob"}, 4),
         ({"signer": "mallory"}, 3),
         ({"kind": "model"}, 3),
-        ({"format": "dtl/v2"}, 3),
+        ({"format": "dtl/v1"}, 3),
+        ({"format": "dtl/v3"}, 3),
+        ({"opened_tag": None}, 3),
+        ({"opened_tag": "0" * 31}, 3),
         ({"values": 336}, 3),
         ({"layout": [{"name": "x", "shape": [335], "dtype": "F32"}]}, 3),
         ({"extra": 1}, 3),
@@ -121,18 +125,20 @@ def test_a_validly_signed_upload_of_something_else(
 
 
 @pytest.mark.parametrize("value", ["zero", "modulus", "factor"])
-def test_a_signed_upload_with_a_bad_residue(full: Round, value: str) -> None:
+@pytest.mark.parametrize("column", [0, 2])
+def test_a_signed_upload_with_a_bad_residue(full: Round, value: str, column: int) -> None:
     alice, *others = upload_paths(full)
     n = full.job.N
     p = full.opened_key("kgc").trapdoor.p
-    residue = {"zero": 0, "modulus": n * n, "factor": 5 * p}[value].to_bytes(128, "little")
+    modulus = n * n if column else n
+    number = {"zero": 0, "modulus": modulus, "factor": 5 * p}[value]
     with Container(alice) as container:
-        start = container.tensors["residues"].start
+        start = container.tensors["residues"].start + 128 * column
     data = bytearray(alice.read_bytes())
-    data[start + 256 : start + 384] = residue
+    data[start : start + 128] = number.to_bytes(128, "little")
     (full.folder / "raw").write_bytes(data)
     bad = resign(full.folder / "raw", {}, full.opened_key("alice").secrets.sign, full.folder / "b")
-    full.aggregate([bad, *others], out="out.enc", code=3)
+    full.aggregate([bad, *others], "--initial", full.folder / "w0.safetensors", out="x", code=3)
 
 
 def test_an_upload_given_twice_and_two_of_one_participant(full: Round) -> None:
@@ -244,28 +250,33 @@ def test_a_second_result_is_not_released(new_round: NewRound) -> None:
 
 
 def test_a_participant_checks_that_its_upload_is_in(new_round: NewRound) -> None:
-    round_ = new_round(("alice", "bob", "carol", "dave"))
+    four = ("alice", "bob", "carol", "dave")
+    round_ = new_round(four, folder="sums")
     first = [round_.upload(p, random_arrays(1)) for p in round_.names]
     release = round_.release(round_.aggregate(first[1:]))
     round_.open(release, "bob")
     round_.open(release, "alice", "--force", code=5)  # no grant at all
+    round_ = new_round(four, folder="models")
     w0 = round_.save("w0.safetensors", random_arrays(9))
-    options: tuple[object, ...] = ("--model", w0, "--round", 2)
-    uploads = [round_.upload(p, random_arrays(1), *options, out=f"{p}2") for p in round_.names]
-    model = round_.aggregate(uploads, "--initial", w0, out="m2")
-    w2 = round_.open(round_.release(model, out="r2"), "alice", out="w2.safetensors")
-    options = ("--model", w2)
-    next_uploads = [round_.upload(p, random_arrays(2), *options, out=f"{p}3") for p in round_.names]
-    left_out = round_.aggregate(next_uploads[1:], "--model", model, out="m3")
-    release = round_.release(left_out, out="r3")
-    w3 = round_.open(release, "bob", "--force")
+    uploads = round_.uploads({p: random_arrays(1) for p in four}, "--model", w0)
+    model = round_.aggregate(uploads, "--initial", w0, out="m1")
+    release = round_.release(model, out="r1")
+    w1 = {p: round_.open(release, p, out=f"{p}1.safetensors") for p in four}
+    later = [round_.upload(p, random_arrays(2), "--model", w1[p], out=f"{p}2") for p in four]
+    left_out = round_.aggregate(later[1:], "--model", model, out="m2")
+    release = round_.release(left_out, out="r2")
+    w2 = {p: round_.open(release, p, out=f"{p}2.safetensors") for p in four[1:]}
     opening = ("open-model", release, "--key", round_.key("alice"), "-o", round_.folder / "x.npz")
+    ledger = (round_.keys / "alice.ledger").read_bytes()
     late = round_.dtl(*opening, code=4).err
-    assert "the upload that alice made for round 3 is not in it" in late
-    assert "declared missing in round 3: it came too late" in late
-    last = [round_.upload(p, random_arrays(2), "--model", w3, out=f"{p}4") for p in round_.names]
-    model = round_.aggregate(last, "--model", left_out, out="m4")
-    round_.open(round_.release(model, out="r4"), "alice", out="w4.safetensors")
+    assert "the upload that alice made for round 2 is not in it" in late
+    assert "declared missing in round 2: it came too late" in late
+    assert (round_.keys / "alice.ledger").read_bytes() == ledger
+    last = [round_.upload(p, random_arrays(2), "--model", w2[p], out=f"{p}3") for p in four[1:]]
+    model = round_.aggregate(last, "--model", left_out, out="m3")
+    # In a round in which alice sent nothing, nothing of hers can be missing.
+    w3 = round_.open(round_.release(model, out="r3"), "alice", out="w3.safetensors")
+    round_.upload("alice", random_arrays(2), "--model", w3, out="alice4")
 
 
 def test_a_second_upload(round_: Round) -> None:
@@ -309,20 +320,19 @@ def test_nan_and_infinity(round_: Round, bad: float, index: str, suffix: str) ->
 
 
 def test_initial_weights_without_headroom(round_: Round) -> None:
-    w0 = round_.save("w0.safetensors", {"x": np.full(335, 4.5, np.float32)})
+    w0 = round_.save("w0.safetensors", {"x": np.full(335, 64.5, np.float32)})
     uploads = [round_.upload(p, {"x": np.ones(335)}, "--model", w0) for p in round_.names]
     round_.aggregate(uploads, "--initial", w0, code=7)
 
 
-def test_a_model_without_headroom_does_not_open(round_: Round) -> None:
-    plain = round_.save("w0.safetensors", {"x": np.full(5, 3.9, np.float32)})
-    model, source = plain, "--initial"
-    for number, code in ((1, 7),):
-        given = {p: {"x": np.full(5, -1.0, np.float32)} for p in round_.names}
-        uploads = round_.uploads(given, "--model", plain, tag=str(number))
-        model = round_.aggregate(uploads, source, model, out=f"{number}.enc")
-        release = round_.release(model, out=f"{number}.release")
-        round_.open(release, "alice", code=code)
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_a_model_without_headroom_does_not_open(new_round: NewRound, cipher: str) -> None:
+    round_ = new_round(THREE, "--cipher", cipher)
+    plain = round_.save("w0.safetensors", {"x": np.full(5, 63.9, np.float32)})
+    given = {p: {"x": np.full(5, -1.0, np.float32)} for p in round_.names}
+    uploads = round_.uploads(given, "--model", plain)
+    release = round_.release(round_.aggregate(uploads, "--initial", plain))
+    round_.open(release, "alice", code=4)
 
 
 GARBAGE = {
@@ -808,17 +818,19 @@ def test_names_with_paths_and_alphabets_survive_a_round(round_: Round) -> None:
 
 
 def test_a_dtype_that_cannot_hold_the_result(new_round: NewRound) -> None:
-    round_ = new_round(("alice", "bob", "carol"), "--slot-bits", 40, "--fraction-bits", 10)
+    """No numeric error: whether it fits depends on what the server has made."""
+    sizes = ("--slot-bits", 40, "--fraction-bits", 10)
+    round_ = new_round(("alice", "bob", "carol"), *sizes)
     uploads = [
         round_.upload(p, {"x": np.full(3, 6e4, np.float16)}, "--weight", 1) for p in round_.names
     ]
     release = round_.release(round_.aggregate(uploads))
-    round_.open(release, "alice", code=7)
-    round_.open(release, "alice", out="x.npz", code=7)
+    round_.open(release, "alice", code=4)
+    round_.open(release, "alice", out="x.npz", code=4)
 
 
 def test_huge_gradients_are_clamped_quietly(round_: Round) -> None:
-    arrays: Arrays = {"x": np.array([1e308, -1e308, 0.5])}
+    arrays: Arrays = {"x": np.array([1e308, -1e308, 50.0])}
     key = ("--key", round_.key("alice"), "--json", "-o")
     gradients = round_.save("g.safetensors", arrays)
     for number, rounding in enumerate(("nearest", "stochastic"), 1):

@@ -1015,11 +1015,61 @@ static bool window_product(const ifma_modulus *mod, vec *out, const vec *bases,
     return more;
 }
 
+/* Straus' method: the odd powers of every base below 2^WINDOW, and sliding windows. */
+static int straus(const ifma_modulus *mod, const uint8_t *batch, const uint8_t *weights,
+                  size_t count, size_t columns, size_t weight_width, uint8_t *out)
+{
+    const size_t pair = 2 * mod->limbs, bytes = 2 * mod->width, bits = 8 * weight_width;
+    const size_t size = (count * BUCKETS + 2) * pair + scratch_size(mod);
+    vec *memory = allocate(size);
+    uint8_t *digits = malloc(count * bits + 1);
+    if (!memory || !digits) {
+        free(memory);
+        free(digits);
+        return IFMA_MEMORY;
+    }
+    vec *result = memory, *twofold = memory + pair, *odd = twofold + pair;
+    vec *scratch = odd + count * BUCKETS * pair;
+    for (size_t i = 0; i < count; i++)
+        slide(digits + i * bits, weights + i * weight_width, weight_width);
+    for (size_t k = 0; k < columns; k += IFMA_LANES) {
+        const size_t lanes = at_most(IFMA_LANES, columns - k);
+        for (size_t i = 0; i < count; i++) {
+            vec *power = odd + i * BUCKETS * pair;
+            load_montgomery(mod, power, batch + (i * columns + k) * bytes, bytes, lanes,
+                            scratch);
+            square(mod, twofold, power, scratch);
+            for (size_t j = 1; j < BUCKETS; j++, power += pair)
+                multiply(mod, power + pair, power, twofold, scratch);
+        }
+        bool some = false;
+        for (size_t bit_index = bits; bit_index-- > 0;) {
+            if (some)
+                square(mod, result, result, scratch);
+            for (size_t i = 0; i < count; i++) {
+                const uint8_t digit = digits[i * bits + bit_index];
+                if (digit)
+                    gather(mod, result, &some, odd + (i * BUCKETS + digit / 2) * pair, scratch);
+            }
+        }
+        if (some)
+            leave(mod, result, result, NULL, scratch);
+        else
+            load(result, pair, (const uint8_t[]){1}, 1, 0, IFMA_LANES);
+        store_residues(mod, out + k * bytes, bytes, lanes, result, 0, scratch);
+    }
+    release(memory, size);
+    free(digits);
+    return IFMA_OK;
+}
+
 int ifma_weighted(const ifma_modulus *mod, const uint8_t *batch, const uint8_t *weights,
                   size_t count, size_t columns, size_t weight_width, size_t window,
                   uint8_t *out)
 {
     const size_t pair = 2 * mod->limbs, bytes = 2 * mod->width, many = (size_t)1 << window;
+    if (!window)
+        return straus(mod, batch, weights, count, columns, weight_width, out);
     const size_t size = (count + many + 2) * pair + scratch_size(mod);
     const size_t windows = (8 * weight_width + window - 1) / window;
     vec *memory = allocate(size);

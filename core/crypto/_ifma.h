@@ -75,7 +75,8 @@ int ifma_secret_powers(const ifma_modulus *m, const uint8_t *bases, size_t count
                        const uint8_t *exponents, size_t exponent_count, size_t exponent_width,
                        size_t bits, uint8_t *out);
 
-/* out[k] = product over i of batch[i][k]^weights[i], in windows of `window` bits. */
+/* out[k] = product over i of batch[i][k]^weights[i], by Pippenger's buckets for windows of
+ * `window` bits; by Straus' method where `window` is 0. */
 int ifma_weighted(const ifma_modulus *m, const uint8_t *batch, const uint8_t *weights,
                   size_t count, size_t columns, size_t weight_width, size_t window,
                   uint8_t *out);

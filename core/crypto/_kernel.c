@@ -365,7 +365,7 @@ static PyObject *weighted_products(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "y*y*nnw*", &b[0], &b[1], &width, &window, &b[2]))
         goto done;
     if (!in_range(width, 1, MAX_EXPONENT_BYTES, "bytes of a weight") ||
-        !in_range(window, 1, IFMA_MAX_WINDOW, "window"))
+        !in_range(window, 0, IFMA_MAX_WINDOW, "window"))
         goto done;
     const Py_ssize_t count = items(&b[1], width, "weights");
     const Py_ssize_t columns = items(&b[2], 2 * m->width, "out");

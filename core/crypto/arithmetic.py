@@ -14,6 +14,9 @@ from numpy.typing import NDArray
 
 from dtl.core.errors import FormatError
 
+STRAUS_WINDOW = 4
+"""Bits of the sliding windows of Straus' method."""
+
 MASKED_USES = 32
 """Up to so many powers, a native fixed-base table reads all of its entries for every digit.
 
@@ -189,9 +192,10 @@ class Arithmetic(ABC):
     def weighted_products(self, batch: Bytes, weights: Bytes) -> Bytes:
         """prod over i of batch[i, k]^weights[i]: [G, K, width], [G, bytes] -> [K, width].
 
-        The weights are public. Pippenger's buckets: for every window of the weights' bits,
-        each base goes into the bucket of its digit, and running products raise bucket d to
-        the d.
+        The weights are public. For many bases, Pippenger's buckets: for every window of the
+        weights' bits, each base goes into the bucket of its digit, and running products raise
+        bucket d to the d. For few, Straus' method: odd powers of every base, sliding windows,
+        and the squarings shared by all.
         """
 
     @abstractmethod
@@ -221,5 +225,15 @@ def check_length(exponents: Sequence[int], secret_bits: int | None) -> None:
 
 
 def best_window(count: int, bits: int) -> int:
-    """The window with the fewest products for Pippenger's buckets over `count` bases."""
-    return min(range(1, 16), key=lambda w: -(-bits // w) * (count + (2 << w)))
+    """The window with the fewest products for Pippenger's buckets over `count` bases.
+
+    0 where Straus' method with windows of STRAUS_WINDOW bits takes fewer.
+    """
+
+    def products(window: int) -> int:
+        return -(-bits // window) * (count + (2 << window))
+
+    best = min(range(1, 16), key=products)
+    odd_powers = 1 << (STRAUS_WINDOW - 1)
+    straus = count * (odd_powers + bits // (STRAUS_WINDOW + 1))
+    return 0 if straus < products(best) else best

@@ -152,7 +152,7 @@ class Arithmetic(arithmetic.Arithmetic):
         return out
 
     def weighted_products(self, batch: Bytes, weights: Bytes) -> Bytes:
-        """Pippenger's buckets, eight components at a time."""
+        """Eight components at a time."""
         count, columns = batch.shape[:2]
         width = weights.shape[-1]
         out = np.empty((columns, self.width), np.uint8)

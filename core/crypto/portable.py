@@ -13,7 +13,7 @@ from gmpy2 import mpz
 from numpy.typing import NDArray
 
 from dtl.core.crypto import arithmetic
-from dtl.core.crypto.arithmetic import Bytes, best_window, check_length
+from dtl.core.crypto.arithmetic import STRAUS_WINDOW, Bytes, best_window, check_length, to_integers
 from dtl.core.errors import VerificationError
 
 PRIMALITY_ROUNDS = 40
@@ -207,11 +207,15 @@ class Arithmetic(arithmetic.Arithmetic):
         return _multiply(_square(doubled, n), running, n)
 
     def weighted_products(self, batch: Bytes, weights: Bytes) -> Bytes:
-        """Pippenger's buckets, one component after the other."""
+        """One component after the other."""
         count, columns = batch.shape[:2]
         window = best_window(count, 8 * weights.shape[-1])
-        digits = _windows(weights, window)
         pairs = [self._pair(number) for number in _numbers(batch)]
+        if not window:
+            sliding = [_sliding(weight, STRAUS_WINDOW) for weight in to_integers(weights)]
+            few = (_straus(pairs[c::columns], sliding, self._n) for c in range(columns))
+            return _bytes(map(self._number, few), self.width, columns)
+        digits = _windows(weights, window)
         out = [
             self._number(self._bucket_product(pairs[column::columns], digits, window))
             for column in range(columns)
@@ -261,6 +265,32 @@ class Arithmetic(arithmetic.Arithmetic):
 
     def _shape(self, batch: Bytes) -> tuple[int, ...]:
         return (self.width, *batch.shape[:-1])
+
+
+def _straus(bases: Sequence[Pair], digits: Sequence[list[tuple[int, int]]], n: mpz) -> Pair:
+    """The product of all bases to the exponents of which `digits` are the sliding windows."""
+    due: dict[int, list[Pair]] = {}
+    for base, row in zip(bases, digits, strict=True):
+        odd = _odd_powers(base, row, n)
+        for index, digit in row:
+            due.setdefault(index, []).append(odd[digit // 2])
+    result: Pair | None = None
+    for index in range(max(due, default=-1), -1, -1):
+        if result is not None:
+            result = _square(result, n)
+        for power in due.get(index, ()):
+            result = power if result is None else _multiply(result, power, n)
+    return _ONE if result is None else result
+
+
+def _odd_powers(base: Pair, digits: list[tuple[int, int]], n: mpz) -> list[Pair]:
+    """base, base^3, base^5, ... up to the greatest digit."""
+    most, odd = max((digit for _, digit in digits), default=1), [base]
+    if most > 1:
+        square = _square(base, n)
+        for _ in range(most // 2):
+            odd.append(_multiply(odd[-1], square, n))
+    return odd
 
 
 def _running_products(buckets: Sequence[Pair | None], n: mpz) -> Pair:
@@ -366,9 +396,7 @@ def _power(base: Pair, digits: list[tuple[int, int]], n: mpz) -> Pair:
     """base to the sum of all d 2^i, for (i, d) as `_sliding` gives them."""
     if not digits:
         return _ONE
-    square, odd = _square(base, n), [base]
-    for _ in range(max(digit for _, digit in digits) // 2):
-        odd.append(_multiply(odd[-1], square, n))
+    odd = _odd_powers(base, digits, n)
     last, top = digits[-1]
     result = odd[top // 2]
     for index, digit in reversed(digits[:-1]):

@@ -12,20 +12,23 @@ batching of Bellare-Garay-Rabin (Eurocrypt '98), Fiat-Shamir made non-interactiv
 """
 
 import hashlib
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
 from dtl.core.crypto import scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.primitives import fields, hash_fields, u32
-from dtl.core.crypto.residues import Bytes, from_integers, to_integers
+from dtl.core.crypto.residues import Bytes, FixedBaseTable, from_integers, to_integers
 from dtl.core.errors import FormatError, VerificationError
 
 WEIGHT_BYTES = 16
 _WEIGHT_BITS = 8 * WEIGHT_BYTES
 _HIDING_BITS = 128  # kappa
+_TABLE_USES = 8  # proofs from which on a table of powers is worth making
 _EXTRA_BYTES = 16  # so that s modulo N is uniform up to 2^-128
 
 
@@ -182,14 +185,41 @@ def check_ranges(key: PublicKey, groups: int, proof: Proof) -> None:
         raise VerificationError("the proof does not hold: a response is out of range")
 
 
-def verify(key: PublicKey, proof: Proof, products: list[int]) -> None:
+@lru_cache(maxsize=2)
+def _response_table(key: PublicKey, uses: int) -> FixedBaseTable:
+    bits = 8 * _table_width(key)
+    return key.arithmetic.fixed_base_table((key.gamma, *key.h), bits, uses, groups=True)
+
+
+def _table_width(key: PublicKey) -> int:
+    """Bytes of the longest response, of 2^64 groups."""
+    return (key.exponent_bits + _WEIGHT_BITS + _HIDING_BITS + 64) // 8
+
+
+_one_table = threading.Lock()  # lru_cache alone would let two threads make the same one
+
+
+def _response_powers(key: PublicKey, proof: Proof, expected: int) -> Bytes:
+    """gamma^z modulo N, h_1^z (1 + v_1 N), ..., h_7^z (1 + v_7 N): [8, width]."""
+    if expected < _TABLE_USES:
+        return _key_powers(key, proof.z, proof.v, None)
+    with _one_table:
+        table = _response_table(key, expected)
+    blocks = from_integers((0, *proof.v), key.arithmetic.block_width)
+    powers = table.powers(from_integers([proof.z], _table_width(key)), blocks[None])
+    return powers.reshape(powers.shape[1:])
+
+
+def verify(key: PublicKey, proof: Proof, products: list[int], expected: int = 1) -> None:
     """Raise VerificationError unless the equations hold.
 
     `products` are prod c_{j,i}^rho_i for j = 0..7 (see `Arithmetic.weighted_products`); of
     the first only the value modulo N counts. The ranges must have been checked before.
+    `expected` is how many proofs are verified in all: from some on, a table of powers is made,
+    and kept from call to call.
     """
     moduli = (key.n, *[key.n**2] * COMPONENTS)
-    powers = to_integers(_key_powers(key, proof.z, proof.v, None))
+    powers = to_integers(_response_powers(key, proof, expected))
     for left, d, product, modulus in zip(powers, proof.d, products, moduli, strict=True):
         right = d * product % modulus
         if left not in (right, modulus - right):

@@ -131,7 +131,12 @@ def prove(
     quotients = arithmetic.shared_base_powers(gamma[None], half, secret_bits=key.exponent_bits + 1)[
         0
     ]
-    statement = _Statement(core, of, opened_hash, gamma, quotients)
+    return _respond(key, half, seed, _Statement(core, of, opened_hash, gamma, quotients))
+
+
+def _respond(key: PublicKey, half: Sequence[int], seed: bytes, statement: _Statement) -> bytes:
+    """Commit to fresh w_1..w_7, and answer the challenge."""
+    arithmetic = key.arithmetic
     w = _witness(key, seed, statement)
     bases = np.stack([_row(key, key.g), statement.gamma])
     bits = key.exponent_bits + _HIDING_BITS
@@ -172,18 +177,25 @@ def _holds(
     z = to_integers(responses)
     if any(number >> (key.exponent_bits + _HIDING_BITS + 1) for number in z):
         return False
-    gamma = arithmetic.lift(_row(key, found.base)[None])[0]
-    quotients = from_integers(found.quotients, arithmetic.width)
-    statement = _Statement(core, of, opened_hash, gamma, quotients)
+    statement = _stated(key, core, of, opened_hash, found)
     e = _challenge(statement, *commitments)
-    bases = np.stack([_row(key, key.g), gamma])
+    bases = np.stack([_row(key, key.g), statement.gamma])
     left = arithmetic.shared_base_powers(bases, z, secret_bits=None)
     servers = from_integers(key.server, arithmetic.width)
-    images = np.concatenate([servers, quotients])
+    images = np.concatenate([servers, statement.quotients])
     powers = arithmetic.powers(images, e, secret_bits=None).reshape(commitments.shape)
     right = arithmetic.product([commitments, powers])
     sides = zip(to_integers(left), to_integers(right), strict=True)
     return all(a in (b, key.n**2 - b) for a, b in sides)
+
+
+def _stated(
+    key: PublicKey, core: bytes, of: bytes, opened_hash: bytes, found: Products
+) -> _Statement:
+    """What a proof must be about, for these products."""
+    gamma = key.arithmetic.lift(_row(key, found.base)[None])[0]
+    quotients = from_integers(found.quotients, key.arithmetic.width)
+    return _Statement(core, of, opened_hash, gamma, quotients)
 
 
 def _row(key: PublicKey, number: int) -> Bytes:

@@ -18,7 +18,10 @@ app = ClientApp()
 
 
 def _answer(message: Message, context: Context, step: Callable[[Node, int], bytes]) -> Message:
-    """Do a step and reply; a failure is told by its kind only, and in full in the own log."""
+    """Do a step and reply; of a failure, the reply says nothing but that there was one.
+
+    What failed stands in the node's own log.
+    """
     try:
         node = Node.load(context.node_config, context.run_config)
         number = int(payload.word(message.content, "round"))
@@ -26,8 +29,13 @@ def _answer(message: Message, context: Context, step: Callable[[Node, int], byte
     except (Exception, SystemExit) as error:  # a user's function may do anything
         told = error.message if isinstance(error, DtlError) else type(error).__name__
         logger.error("dtl: %s", told, exc_info=bool(os.environ.get(DEBUG_VARIABLE)))
-        content = payload.pack_error(error)
+        content = payload.pack_failure()
     return Message(content, reply_to=message)
+
+
+def _files(message: Message) -> tuple[bytes, dict[str, bytes]]:
+    """The base in a message, and what came along to recompute it from."""
+    return payload.file_of(message.content), payload.along_of(message.content)
 
 
 def hello(message: Message, context: Context) -> Message:
@@ -40,7 +48,7 @@ def contribute(message: Message, context: Context) -> Message:
     return _answer(
         message,
         context,
-        lambda node, number: node.contribute(number, payload.file_of(message.content)),
+        lambda node, number: node.contribute(number, *_files(message)),
     )
 
 
@@ -55,7 +63,7 @@ def release(message: Message, context: Context) -> Message:
     """Open the last release into the node's folder."""
 
     def step(node: Node, _: int) -> bytes:
-        node.receive(payload.file_of(message.content))
+        node.receive(*_files(message))
         return b""
 
     return _answer(message, context, step)

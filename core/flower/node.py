@@ -5,10 +5,12 @@ the run: its key, its shard, its folder, and the function that trains.
 """
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_bytes
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -19,8 +21,10 @@ from dtl.core.files.atomic import machine_errors, write_file
 from dtl.core.files.container import is_container
 from dtl.core.files.key_file import Key, read_passphrase
 from dtl.core.files.tensor_writer import write_arrays
-from dtl.core.files.tensors import open_tensors, read_arrays, weights_metadata
+from dtl.core.files.tensors import load_weights, open_tensors, weights_metadata
+from dtl.core.flower import evidence
 from dtl.core.learning import mlp
+from dtl.core.public.verification import Evidence
 from dtl.core.roles import participant
 
 Arrays = dict[str, np.ndarray[Any, Any]]
@@ -66,11 +70,16 @@ class Node:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return cls(key, folder, own, {**run, **own})
 
-    def contribute(self, number: int, base: bytes) -> bytes:
-        """The upload for a round on a base: a release, or initial weights."""
+    def contribute(
+        self, number: int, base: bytes, along: Mapping[str, bytes] | None = None
+    ) -> bytes:
+        """The upload for a round on a base: a release, or initial weights.
+
+        `along` are the files that a release can be recomputed from: see `evidence`.
+        """
         upload = self.folder / f"round-{number}.upload"
         if not upload.exists():
-            model = self._open(base)
+            model = self._open(base, along or {})
             gradients = self.folder / "gradients.safetensors"
             self._train(number, model, gradients)
             options = participant.UploadOptions(
@@ -91,15 +100,22 @@ class Node:
         participant.reveal_masks(self.key, asked, reveal, force=True)
         return reveal.read_bytes()
 
-    def receive(self, release: bytes) -> None:
+    def receive(self, release: bytes, along: Mapping[str, bytes] | None = None) -> None:
         """Open a release into the folder: model.safetensors."""
-        self._open(release)
+        self._open(release, along or {})
 
-    def _open(self, base: bytes) -> Path:
+    def _open(self, base: bytes, along: Mapping[str, bytes]) -> Path:
+        """Open a release, or check initial weights; returns the file of the model.
+
+        After an attempt that did not open, no other release is tried: only a person can decide
+        that, with `open-model --after-failure`, so nothing here passes `after_failure`.
+        """
         received, opened = self.folder / "base", self.folder / "model.safetensors"
         write_file(received, base, force=True)
         if is_container(received):
-            participant.open_release(self.key, received, opened, force=True)
+            with self._evidence(along) as found:
+                options = participant.OpenOptions(evidence=found)
+                participant.open_release(self.key, received, opened, options, force=True)
             return opened
         source = open_tensors(received)
         try:
@@ -108,6 +124,23 @@ class Node:
         finally:
             source.close()
         return received
+
+    @contextmanager
+    def _evidence(self, along: Mapping[str, bytes]) -> Iterator[Evidence | None]:
+        """What came along, as files, where this node recomputes what it opens; else None.
+
+        Raises UsageError where it is to recompute and was sent no upload.
+        """
+        if not self.own.get("recompute", False):
+            yield None
+            return
+        if not any(name.startswith(evidence.UPLOAD) for name in along):
+            raise UsageError(
+                "the node's configuration says recompute, but the server sent no uploads",
+                "dtl flower-config --send-uploads",
+            )
+        with TemporaryDirectory(prefix=".along-", dir=self.folder) as folder:
+            yield evidence.write(Path(folder), along)
 
     def _train(self, number: int, model: Path, gradients: Path) -> None:
         """Write what training took from the weights, by the user's function or dtl's own."""
@@ -122,7 +155,7 @@ class Node:
             )
             mlp.compute_gradients(model, data, gradients, training, force=True)
             return
-        before, metadata = read_arrays(model)
+        before, metadata = load_weights(model)
         told = UpdateContext(self.key.name, number, data, self.settings)
         after = load_function(str(place))({n: a.copy() for n, a in before.items()}, told)
         if {n: np.shape(a) for n, a in after.items()} != {n: a.shape for n, a in before.items()}:
@@ -130,7 +163,8 @@ class Node:
         taken = {
             name: array - np.asarray(after[name], np.float64) for name, array in before.items()
         }
-        based = metadata.model_copy(update={"kind": "gradients"}) if metadata else None
+        # Base, opened and content of what was read: the ledger is asked about these very tensors.
+        based = metadata.model_copy(update={"kind": "gradients"})
         write_arrays(gradients, taken, _DTYPE, based, force=True)
 
     def _rounding(self, number: int) -> Rounding:

@@ -1,45 +1,61 @@
-"""Files in Flower's messages: an array of bytes for the file, a few words beside it."""
+"""Files in Flower's messages: an array of bytes for each file, a few words beside them."""
+
+from collections.abc import Mapping
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
-from dtl.core.errors import DtlError, FormatError
+from dtl.core.errors import FormatError
 
-_FILE, _WORDS = "file", "dtl"
+_FILE, _ALONG, _WORDS = "file", "along", "dtl"
 _DTYPE, _STYPE = "uint8", "dtl.file"
-_ERROR, _CODE = "error", "code"
+_FAILED = "failed"
 
 
-def pack(file: bytes | None = None, **words: str | int) -> RecordDict:
-    """A message's content: a file's bytes, and words such as round=3."""
+def pack(
+    file: bytes | None = None, along: Mapping[str, bytes] | None = None, **words: str | int
+) -> RecordDict:
+    """A message's content: a file's bytes, other files along with it, words such as round=3."""
     records = {_WORDS: ConfigRecord(words)}
     if file is not None:
-        array = Array(dtype=_DTYPE, shape=(len(file),), stype=_STYPE, data=file)
-        records[_FILE] = ArrayRecord({_FILE: array})
+        records[_FILE] = ArrayRecord({_FILE: _array(file)})
+    if along:
+        records[_ALONG] = ArrayRecord({name: _array(data) for name, data in along.items()})
     return RecordDict(records)
 
 
-def pack_error(error: BaseException) -> RecordDict:
-    """The content that reports a failure: its kind and exit code, never its text.
+def pack_failure() -> RecordDict:
+    """The content that reports that a step failed, the same for every failure.
 
-    The text names the participant's files and numbers; it stays in the participant's own log.
+    A server that learned the kind, the code or the text of a failure could learn something of
+    a participant's half or data from each (PROTOCOL.md, section 8.4).
     """
-    code = error.exit_code if isinstance(error, DtlError) else DtlError.exit_code
-    return RecordDict({_WORDS: ConfigRecord({_ERROR: type(error).__name__, _CODE: code})})
+    return RecordDict({_WORDS: ConfigRecord({_FAILED: True})})
+
+
+def is_failure(content: RecordDict) -> bool:
+    """Whether a content reports that a step failed."""
+    return _FAILED in content.config_records.get(_WORDS, {})
 
 
 def file_of(content: RecordDict) -> bytes:
-    """The bytes of the file in a message; FormatError when there is none.
-
-    Raises DtlError for a content that reports a failure.
-    """
-    failure = content.config_records.get(_WORDS, {}).get(_ERROR)
-    if failure is not None:
-        code = content.config_records[_WORDS].get(_CODE)
-        raise DtlError(f"{failure!s:.40} (exit code {code!s:.4})")
+    """The bytes of the file in a message; FormatError when there is none."""
     try:
-        array = content.array_records[_FILE][_FILE]
+        return _data(content.array_records[_FILE][_FILE])
     except KeyError:
         raise FormatError("a message without its file") from None
+
+
+def along_of(content: RecordDict) -> dict[str, bytes]:
+    """The files that came along with the file of a message, by name."""
+    found = content.array_records.get(_ALONG, {})
+    return {name: _data(array) for name, array in found.items()}
+
+
+def _array(data: bytes) -> Array:
+    return Array(dtype=_DTYPE, shape=(len(data),), stype=_STYPE, data=data)
+
+
+def _data(array: Array) -> bytes:
     if array.dtype != _DTYPE or array.stype != _STYPE:
         raise FormatError("a message with something else than a file")
     data: bytes = array.data

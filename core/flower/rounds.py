@@ -12,22 +12,26 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 from dtl.core.errors import DtlError, FormatError, QuorumError
 from dtl.core.files.atomic import machine_errors, write_file
 from dtl.core.files.closing import Close, Reveal
 from dtl.core.files.container import Container
-from dtl.core.files.headers import ReleaseHeader, UploadHeader, read_header
+from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
 from dtl.core.files.key_file import Key
+from dtl.core.flower import evidence
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import results, uploads
 from dtl.core.public.results import Start
+from dtl.core.public.verification import Evidence
 from dtl.core.roles import server
 
 CONTRIBUTE, REVEAL, RELEASE = "contribute", "reveal", "release"
 MODEL_RESULT, MODEL_RELEASE, CLOSE, VOID = "model.enc", "model.release", "round.close", "void"
 POLL_SECONDS = 0.5
+NOTHING: Mapping[str, Path] = MappingProxyType({})
 
 logger = logging.getLogger("flwr.dtl")
 
@@ -40,11 +44,17 @@ class Courier(Protocol):
         ...
 
     def ask(
-        self, step: str, names: Collection[str], number: int, file: Path
+        self,
+        step: str,
+        names: Collection[str],
+        number: int,
+        file: Path,
+        along: Mapping[str, Path] = NOTHING,
     ) -> Iterator[tuple[str, bytes]]:
         """Send a file to those of the named who are there; yield (name, answer) as they come.
 
-        Whoever fails, or does not answer in time, is left out. `number` is the round.
+        Whoever fails, or does not answer in time, is left out; why somebody failed is not
+        known. `number` is the round, `along` are more files by name.
         """
         ...
 
@@ -54,7 +64,8 @@ class Plan:
     """What the server is to do: so many rounds, from these initial weights, in this folder.
 
     Those who work by hand have no node: they lay their files into the folder, and `patience`
-    is how many seconds they have for each step, until the copy is complete.
+    is how many seconds they have for each step, until the copy is complete. With
+    `send_uploads`, a release goes out with all that it can be recomputed from.
     """
 
     folder: Path
@@ -62,10 +73,14 @@ class Plan:
     rounds: int
     by_hand: Collection[str] = ()
     patience: float = 0
+    send_uploads: bool = False
 
 
 Check = Callable[[str, Path], None]
 """Raises a DtlError unless a file is what is expected of the named participant."""
+
+Ask = Callable[[Collection[str]], Iterator[tuple[str, bytes]]]
+"""Asks the named for the file of a step; yields (name, answer)."""
 
 
 @dataclass
@@ -101,6 +116,7 @@ class Conductor:
         self._key, self._plan, self._courier, self._work = key, plan, courier, work
         self._base = plan.initial  # what the next round starts from: weights, later a release
         self._granted: Collection[str] = key.job.names
+        self._along = NOTHING  # what the base can be recomputed from, where that is sent
 
     def run(self) -> Path:
         """Do the rounds that are not done yet; returns the last release.
@@ -112,7 +128,8 @@ class Conductor:
             done = self._round(number)
         if not done:
             raise QuorumError(f"round {self._plan.rounds} is void: too few contributed")
-        for name, _ in self._courier.ask(RELEASE, self._granted, self._plan.rounds, self._base):
+        last = (RELEASE, self._granted, self._plan.rounds, self._base, self._along)
+        for name, _ in self._courier.ask(*last):
             logger.info("%s has opened the last release", name)
         return self._base
 
@@ -131,11 +148,25 @@ class Conductor:
                 logger.warning("round %d is void: %s", number, error.message)
                 write_file(void, error.message.encode())
                 return False
-        self._base, self._granted = release, _header(release).names
-        manifest = _header(release).manifest
+        header = _header(release)
+        manifest = header.manifest
+        if self._plan.send_uploads:
+            self._along = evidence.named(self._evidence(folder, manifest))
+        self._base, self._granted = release, header.names
         present, missing = ", ".join(manifest.names), ", ".join(manifest.missing) or "nobody"
         logger.info("round %d: released; in it: %s; missing: %s", number, present, missing)
         return True
+
+    def _evidence(self, folder: Path, manifest: ResultHeader) -> Evidence:
+        """What a round's result was made of; `self._base` is still what the round started from."""
+        first = self._base == self._plan.initial
+        reveals = _files(folder, manifest.names, "reveal")
+        return Evidence(
+            uploads=list(_files(folder, manifest.names, "upload").values()),
+            models=[] if first else [self._base.with_name(MODEL_RESULT)],
+            initial=self._base if first else None,
+            reveals=list(reveals.values()) if manifest.missing and self._key.job.masks else [],
+        )
 
     def _make_release(self, number: int, folder: Path) -> None:
         result = folder / MODEL_RESULT
@@ -160,7 +191,8 @@ class Conductor:
         names = Close.load(close, job).names if close.exists() else self._granted
         paths = _files(folder, names, "upload")
         fits_upload = partial(self._check_upload, number, self._start(given))
-        paths = self._collect(CONTRIBUTE, number, self._base, paths, fits_upload)
+        asked = partial(self._courier.ask, number=number, file=self._base, along=self._along)
+        paths = self._collect(partial(asked, CONTRIBUTE), paths, fits_upload)
         if not close.exists():
             if not job.masks or len(paths) == len(job.participants):
                 try:
@@ -177,7 +209,8 @@ class Conductor:
         closed = Close.load(close, job)
         reveals = _files(folder, closed.names, "reveal")
         fits_reveal = partial(self._check_reveal, number, closed)
-        reveals = self._collect(REVEAL, number, close, reveals, fits_reveal)
+        asked = partial(self._courier.ask, number=number, file=close)
+        reveals = self._collect(partial(asked, REVEAL), reveals, fits_reveal)
         given = replace(given, skip_invalid=False, close=close, reveals=list(reveals.values()))
         server.aggregate(key, list(paths.values()), result, given, work=self._work)
 
@@ -206,12 +239,10 @@ class Conductor:
                 valid[name] = path
         return valid
 
-    def _collect(
-        self, step: str, number: int, file: Path, paths: Mapping[str, Path], check: Check
-    ) -> dict[str, Path]:
+    def _collect(self, ask: Ask, paths: Mapping[str, Path], check: Check) -> dict[str, Path]:
         """The files of a step that pass `check`, by participant; asked for are those not there."""
         wanted = [name for name, path in paths.items() if not path.exists()]
-        answers = self._courier.ask(step, wanted, number, file) if wanted else iter(())
+        answers = ask(wanted) if wanted else iter(())
         found = set()
         for name, data in answers:
             received = paths[name].with_name(f".{paths[name].name}.received")

@@ -8,7 +8,7 @@ all the same, so that they cannot make up anything.
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,15 @@ from dtl.core.files.atomic import machine_errors
 from dtl.core.files.job_file import Job
 from dtl.core.files.key_file import Key, read_passphrase
 from dtl.core.flower import payload
-from dtl.core.flower.rounds import CONTRIBUTE, POLL_SECONDS, RELEASE, REVEAL, Conductor, Plan
+from dtl.core.flower.rounds import (
+    CONTRIBUTE,
+    NOTHING,
+    POLL_SECONDS,
+    RELEASE,
+    REVEAL,
+    Conductor,
+    Plan,
+)
 
 HELLO_SECONDS = 60.0
 MESSAGE_TYPES = {
@@ -45,7 +53,12 @@ class Nodes:
     _speaks_for: dict[int, str] = field(default_factory=dict)
 
     def ask(
-        self, step: str, names: Collection[str], number: int, file: Path
+        self,
+        step: str,
+        names: Collection[str],
+        number: int,
+        file: Path,
+        along: Mapping[str, Path] = NOTHING,
     ) -> Iterator[tuple[str, bytes]]:
         """Send a file to the nodes of the named; yield (name, file) as answers come in."""
         nodes = {node: name for node, name in self._nodes().items() if name in names}
@@ -53,8 +66,12 @@ class Nodes:
         if absent:
             logger.info("round %d: not there: %s", number, ", ".join(absent))
         with machine_errors(file):
-            content = payload.pack(file.read_bytes(), round=number)
+            more = {name: path.read_bytes() for name, path in along.items()}
+            content = payload.pack(file.read_bytes(), more, round=number)
         for node, reply in self._exchange(MESSAGE_TYPES[step], content, nodes, self.timeout):
+            if payload.is_failure(reply):
+                logger.warning("round %d: %s: %s", number, step, _failed_at(nodes[node]))
+                continue
             try:
                 yield nodes[node], payload.file_of(reply)
             except DtlError as error:
@@ -74,6 +91,9 @@ class Nodes:
                 self._speaks_for[node] = here[node]
         unknown = [node for node in strangers if node not in self._speaks_for]
         for node, reply in self._exchange(_HELLO, payload.pack(round=0), unknown, HELLO_SECONDS):
+            if payload.is_failure(reply):
+                logger.warning("%s", _failed_at(f"node {node}"))
+                continue
             try:
                 self._speaks_for[node] = payload.file_of(reply).decode("ascii", "replace")
             except DtlError as error:
@@ -118,6 +138,11 @@ class Nodes:
             time.sleep(POLL_SECONDS if pending else 0)
 
 
+def _failed_at(name: str) -> str:
+    """What the server can say of a failure: nodes do not tell why."""
+    return f"a step failed at {name}; its own log says why"
+
+
 def _text(context: Context, name: str) -> str:
     found = context.run_config.get(name)
     if found is None:
@@ -153,6 +178,7 @@ def main(grid: Grid, context: Context) -> None:
                 name for name in str(context.run_config.get("by-hand", "")).split(",") if name
             ],
             patience=seconds,
+            send_uploads=bool(context.run_config.get("send-uploads", False)),
         )
         only = bool(context.run_config.get("registered-only", False))
         nodes = Nodes(grid, key.job, seconds, only)

@@ -6,7 +6,6 @@
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(DTL_EMULATED)
 
 #include <immintrin.h>
-#include <math.h>
 #include <string.h>
 
 #if defined(__clang__)
@@ -18,13 +17,13 @@
 
 #define CHACHA_LANES 8
 #define SHUFFLED_BYTES
+#define VALUE_LANES 4
 #define REAL_LANES 4
 typedef double reals __attribute__((vector_size(32)));
 #define FMA(a, b, c) ((reals)_mm256_fmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #define FNMA(a, b, c) ((reals)_mm256_fnmadd_pd((__m256d)(a), (__m256d)(b), (__m256d)(c)))
 #define ROUND(a)                                                                                   \
     ((reals)_mm256_round_pd((__m256d)(a), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC))
-#define FLOOR(a) ((reals)_mm256_floor_pd((__m256d)(a)))
 #define LEAST(a, b) ((reals)_mm256_min_pd((__m256d)(a), (__m256d)(b)))
 #define MOST(a, b) ((reals)_mm256_max_pd((__m256d)(a), (__m256d)(b)))
 

@@ -514,9 +514,8 @@ typedef struct {
     int64_t slots[BLOCK];
 } OpenState;
 
-/* The Chinese remainder theorem: numbers in [0, q) from their shares y_j, the sum of
- * y_j (q / p_j) less a multiple of q. */
-static void assemble(const Ring *ring, size_t count, OpenState *state)
+void lattice_assemble(const Ring *ring, const uint64_t (*shares)[BLOCK], size_t count,
+                      uint64_t (*numbers)[BLOCK])
 {
     for (size_t c = 0; c < count; c++) {
         /* The multiple is the whole part of the sum of y_j / p_j, here in units of 2^-61; each
@@ -524,7 +523,7 @@ static void assemble(const Ring *ring, size_t count, OpenState *state)
         uint64_t parts = 0;
         uint128 sum[4] = {0};
         for (int j = 0; j < PRIMES; j++) {
-            const uint64_t y = state->shares[j][c];
+            const uint64_t y = shares[j][c];
             parts += high(y << 14, ring->fraction[j]) >> 2;
             for (int i = 0; i < 3; i++) { /* q / p_j has 150 bits */
                 const uint128 part = (uint128)y * ring->share[j][i];
@@ -551,7 +550,7 @@ static void assemble(const Ring *ring, size_t count, OpenState *state)
         }
         const uint64_t keep = 0 - under;
         for (int i = 0; i < 4; i++)
-            state->numbers[i][c] = (number[i] & keep) | (less[i] & ~keep);
+            numbers[i][c] = (number[i] & keep) | (less[i] & ~keep);
     }
 }
 
@@ -614,7 +613,8 @@ int lattice_open(const Ring *ring, const Steps *steps, const uint8_t k_a[KEY_BYT
                                   bias[j], ring->cofactor[j], ring->cofactor_quotient[j],
                                   state->shares[j]);
                 }
-                assemble(ring, count, state);
+                steps->assemble(ring, (const uint64_t (*)[BLOCK])state->shares, count,
+                                state->numbers);
                 wrong |= beyond_range(state, count, bound, end);
                 for (unsigned slot = 0; slot < part->slots; slot++) {
                     const size_t first = slot * m + start;

@@ -16,7 +16,7 @@ typedef uint32_t NAME(lanes) __attribute__((vector_size(64)));
 typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(64), aligned(4), may_alias));
 #define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}
 #define IN_LANES(a, b, w, x, y, z)                                                                 \
-    __builtin_shufflevector(a, b, w, x, y, z, w + 4, x + 4, y + 4, z + 4, w + 8, x + 8, y + 8,     \
+    SHUFFLE(NAME(lanes), a, b, w, x, y, z, w + 4, x + 4, y + 4, z + 4, w + 8, x + 8, y + 8,        \
                             z + 8, w + 12, x + 12, y + 12, z + 12)
 #define LOW32(a, b) IN_LANES(a, b, 0, 16, 1, 17)
 #define HIGH32(a, b) IN_LANES(a, b, 2, 18, 3, 19)
@@ -24,7 +24,7 @@ typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(64), aligned(4), m
 #define HIGH64(a, b) IN_LANES(a, b, 2, 3, 18, 19)
 /* Fours i and j of a, then of b. */
 #define FOURS(a, b, i, j)                                                                          \
-    __builtin_shufflevector(a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1,        \
+    SHUFFLE(NAME(lanes), a, b, 4 * i, 4 * i + 1, 4 * i + 2, 4 * i + 3, 4 * j, 4 * j + 1,           \
                             4 * j + 2, 4 * j + 3, 16 + 4 * i, 17 + 4 * i, 18 + 4 * i, 19 + 4 * i,  \
                             16 + 4 * j, 17 + 4 * j, 18 + 4 * j, 19 + 4 * j)
 #elif CHACHA_LANES == 8
@@ -32,20 +32,20 @@ typedef uint8_t NAME(bytes) __attribute__((vector_size(32)));
 typedef uint32_t NAME(lanes) __attribute__((vector_size(32)));
 typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(32), aligned(4), may_alias));
 #define NUMBERS {0, 1, 2, 3, 4, 5, 6, 7}
-#define LOW32(a, b) __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
-#define HIGH32(a, b) __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
-#define LOW64(a, b) __builtin_shufflevector(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
-#define HIGH64(a, b) __builtin_shufflevector(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
-#define LOW128(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 8, 9, 10, 11)
-#define HIGH128(a, b) __builtin_shufflevector(a, b, 4, 5, 6, 7, 12, 13, 14, 15)
+#define LOW32(a, b) SHUFFLE(NAME(lanes), a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH32(a, b) SHUFFLE(NAME(lanes), a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW64(a, b) SHUFFLE(NAME(lanes), a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH64(a, b) SHUFFLE(NAME(lanes), a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#define LOW128(a, b) SHUFFLE(NAME(lanes), a, b, 0, 1, 2, 3, 8, 9, 10, 11)
+#define HIGH128(a, b) SHUFFLE(NAME(lanes), a, b, 4, 5, 6, 7, 12, 13, 14, 15)
 #else
 typedef uint32_t NAME(lanes) __attribute__((vector_size(16)));
 typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(16), aligned(4), may_alias));
 #define NUMBERS {0, 1, 2, 3}
-#define LOW32(a, b) __builtin_shufflevector(a, b, 0, 4, 1, 5)
-#define HIGH32(a, b) __builtin_shufflevector(a, b, 2, 6, 3, 7)
-#define LOW64(a, b) __builtin_shufflevector(a, b, 0, 1, 4, 5)
-#define HIGH64(a, b) __builtin_shufflevector(a, b, 2, 3, 6, 7)
+#define LOW32(a, b) SHUFFLE(NAME(lanes), a, b, 0, 4, 1, 5)
+#define HIGH32(a, b) SHUFFLE(NAME(lanes), a, b, 2, 6, 3, 7)
+#define LOW64(a, b) SHUFFLE(NAME(lanes), a, b, 0, 1, 4, 5)
+#define HIGH64(a, b) SHUFFLE(NAME(lanes), a, b, 2, 3, 6, 7)
 #endif
 
 #ifndef ROTATE
@@ -56,8 +56,8 @@ typedef uint32_t NAME(loose_lanes) __attribute__((vector_size(16), aligned(4), m
 #define EACH4(f) f(0), f(4), f(8), f(12), f(16), f(20), f(24), f(28)
 #define BY16(i) i + 2, i + 3, i, i + 1
 #define BY8(i) i + 3, i, i + 1, i + 2
-#define ROTATE16(x) ((NAME(lanes))__builtin_shufflevector(BYTES(x), BYTES(x), EACH4(BY16)))
-#define ROTATE8(x) ((NAME(lanes))__builtin_shufflevector(BYTES(x), BYTES(x), EACH4(BY8)))
+#define ROTATE16(x) ((NAME(lanes))SHUFFLE(NAME(bytes), BYTES(x), BYTES(x), EACH4(BY16)))
+#define ROTATE8(x) ((NAME(lanes))SHUFFLE(NAME(bytes), BYTES(x), BYTES(x), EACH4(BY8)))
 #else
 #define ROTATE16(x) ROTATE(x, 16)
 #define ROTATE8(x) ROTATE(x, 8)

@@ -1,7 +1,7 @@
 /* The Python side of the lattice kernel: checks every size, releases the GIL, calls _body.c.
  *
- * Arrays come as C-contiguous buffers; results are written into buffers that the caller made.
- * Wrong sizes raise ValueError before anything is computed. native.py is the only caller.
+ * Arrays come as C-contiguous, aligned buffers; results are written into buffers that the caller
+ * made. Wrong sizes raise ValueError before anything is computed. native.py is the only caller.
  */
 #define Py_LIMITED_API 0x030B0000
 #define PY_SSIZE_T_CLEAN
@@ -30,10 +30,6 @@ static bool is_of(const Py_buffer *buffer, size_t bytes, const char *name)
     if ((size_t)buffer->len != bytes) {
         PyErr_Format(PyExc_ValueError, "%s: expected %zu bytes, found %zd", name, bytes,
                      buffer->len);
-        return false;
-    }
-    if ((uintptr_t)buffer->buf % 8 && buffer->itemsize == 8) {
-        PyErr_Format(PyExc_ValueError, "%s: not aligned", name);
         return false;
     }
     return true;
@@ -77,6 +73,9 @@ static const Steps *variant(const char *name)
         return lattice_avx2();
     return strcmp(name, "ifma") ? NULL : lattice_ifma();
 }
+
+/* Numbers of polynomials and places of values: far more than there will be. */
+#define MAX_PLACE (1LL << 60)
 
 /* --- Ring -----------------------------------------------------------------------------------*/
 
@@ -137,12 +136,13 @@ static PyObject *sample(PyObject *object, PyObject *args)
 {
     const RingObject *self = (RingObject *)object;
     PyObject *result = NULL;
-    unsigned long long polynomial;
+    long long polynomial;
     Py_buffer b[2] = {0};
-    if (PyArg_ParseTuple(args, "y*Kw*", &b[0], &polynomial, &b[1]) &&
-        is_of(&b[0], KEY_BYTES, "key") && is_of(&b[1], 8 * self->ring->n, "out")) {
+    if (PyArg_ParseTuple(args, "y*Lw*", &b[0], &polynomial, &b[1]) &&
+        in_range(polynomial, 0, MAX_PLACE, "polynomial") && is_of(&b[0], KEY_BYTES, "key") &&
+        is_of(&b[1], 8 * self->ring->n, "out")) {
         Py_BEGIN_ALLOW_THREADS
-        lattice_sample(self->ring, self->steps, b[0].buf, polynomial, b[1].buf);
+        lattice_sample(self->ring, self->steps, b[0].buf, (uint64_t)polynomial, b[1].buf);
         Py_END_ALLOW_THREADS
         result = Py_NewRef(Py_None);
     }
@@ -168,17 +168,15 @@ static PyObject *transform(PyObject *object, PyObject *args)
 }
 
 /* Polynomials, from their slots and values; false with ValueError. */
-static bool part_of(const RingObject *self, int slot_bits, unsigned long long first,
-                    Py_ssize_t values, Part *part)
+static bool part_of(int slot_bits, long long first, Py_ssize_t values, Part *part)
 {
-    if (!in_range(slot_bits, 3, 52, "slot bits") ||
+    if (!in_range(slot_bits, 3, 52, "slot bits") || !in_range(first, 0, MAX_PLACE, "first") ||
         !in_range(values, 0, PY_SSIZE_T_MAX / 64, "values"))
         return false;
     part->slot_bits = (unsigned)slot_bits;
     part->slots = VALUE_BITS / (unsigned)slot_bits;
-    part->first = first;
+    part->first = (uint64_t)first;
     part->values = (size_t)values;
-    (void)self;
     return true;
 }
 
@@ -192,15 +190,16 @@ static PyObject *pad(PyObject *object, PyObject *args)
     enum { K_A, K_E, MASKS, VALUES, OUT, SECRET, SEED };
     int slot_bits, kind;
     double scale, one, limit;
-    unsigned long long first, first_value;
+    long long first, first_value;
     Mask *masks = NULL;
-    if (!PyArg_ParseTuple(args, "y*Oy*y*iCy*dddOKKw*", &b[K_A], &secret, &b[K_E], &b[MASKS],
+    if (!PyArg_ParseTuple(args, "y*Oy*y*iCy*dddOLLw*", &b[K_A], &secret, &b[K_E], &b[MASKS],
                           &slot_bits, &kind, &b[VALUES], &scale, &one, &limit, &seed, &first,
                           &first_value, &b[OUT]))
         goto done;
     const size_t item = kind == 'f' ? 4 : 8;
     Part part;
-    if (!part_of(self, slot_bits, first, b[VALUES].len / (Py_ssize_t)item, &part) ||
+    if (!part_of(slot_bits, first, b[VALUES].len / (Py_ssize_t)item, &part) ||
+        !in_range(first_value, 0, MAX_PLACE, "first value") ||
         !is_of(&b[VALUES], part.values * item, "values") || !is_of(&b[K_A], KEY_BYTES, "k_a") ||
         !is_of(&b[K_E], KEY_BYTES, "k_e") ||
         !is_of(&b[OUT], COEFFICIENT_BYTES * lattice_coefficients(self->ring, &part), "out"))
@@ -239,8 +238,8 @@ static PyObject *pad(PyObject *object, PyObject *args)
     size_t clamped = 0;
     Py_BEGIN_ALLOW_THREADS
     status = lattice_pad(self->ring, self->steps, b[K_A].buf, b[SECRET].buf, b[K_E].buf, masks,
-                         count, &part, &values, scale, one, limit, b[SEED].buf, first_value,
-                         b[OUT].buf, &clamped);
+                         count, &part, &values, scale, one, limit, b[SEED].buf,
+                         (uint64_t)first_value, b[OUT].buf, &clamped);
     Py_END_ALLOW_THREADS
     if (status == LATTICE_MEMORY)
         PyErr_NoMemory();
@@ -260,12 +259,11 @@ static PyObject *open_body(PyObject *object, PyObject *args)
     Py_buffer b[4] = {0};
     enum { K_A, SECRET, BODY, OUT };
     int slot_bits;
-    unsigned long long first;
-    long long bound;
+    long long first, bound;
     Part part;
-    if (!PyArg_ParseTuple(args, "y*y*Liy*Kw*", &b[K_A], &b[SECRET], &bound, &slot_bits, &b[BODY],
+    if (!PyArg_ParseTuple(args, "y*y*Liy*Lw*", &b[K_A], &b[SECRET], &bound, &slot_bits, &b[BODY],
                           &first, &b[OUT]) ||
-        !part_of(self, slot_bits, first, b[OUT].len / 8, &part) ||
+        !part_of(slot_bits, first, b[OUT].len / 8, &part) ||
         !is_of(&b[OUT], 8 * part.values, "out") || !is_of(&b[K_A], KEY_BYTES, "k_a") ||
         !is_of(&b[SECRET], table_bytes(self), "secret") ||
         !in_range(bound, 0, 1LL << NOISE_BITS, "bound") ||
@@ -314,14 +312,15 @@ static PyObject *sum_mask(PyObject *object, PyObject *args)
     PyObject *result = NULL;
     Py_buffer b[2] = {0};
     size_t coefficients;
-    unsigned long long first;
+    long long first;
     int minus;
-    if (!PyArg_ParseTuple(args, "w*Kpy*", &b[0], &first, &minus, &b[1]) ||
-        !sum_length(&b[0], &coefficients) || !is_of(&b[1], KEY_BYTES, "key"))
+    if (!PyArg_ParseTuple(args, "w*Lpy*", &b[0], &first, &minus, &b[1]) ||
+        !in_range(first, 0, MAX_PLACE, "first") || !sum_length(&b[0], &coefficients) ||
+        !is_of(&b[1], KEY_BYTES, "key"))
         goto done;
     const Mask mask = {b[1].buf, minus != 0};
     Py_BEGIN_ALLOW_THREADS
-    lattice_sum_mask(self->ring, self->steps, b[0].buf, coefficients, first, &mask);
+    lattice_sum_mask(self->ring, self->steps, b[0].buf, coefficients, (uint64_t)first, &mask);
     Py_END_ALLOW_THREADS
     result = Py_NewRef(Py_None);
 done:

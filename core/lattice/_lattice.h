@@ -23,6 +23,13 @@ enum { MAX_SLOTS = VALUE_BITS / 3, MAX_TERMS = 1 << 13, MIN_N = 64, MAX_N = 1 <<
 /* Keystreams are written eight ChaCha20 blocks at a time. */
 enum { STREAM_BLOCKS = 8, STREAM_WORDS = 64 };
 
+/* Lanes of a and b by constant numbers; `integers` is the type of integer vectors of that kind. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(integers, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(integers, a, b, ...) __builtin_shuffle(a, b, (integers){__VA_ARGS__})
+#endif
+
 #define WORD_MASK ((1ULL << WORD_BITS) - 1)
 
 /* One prime p < 2^50. A factor w has beside it floor(w 2^64 / p), Shoup's trick: the quotient of
@@ -88,6 +95,10 @@ typedef struct {
     /* out := (words - pads + bias) cofactor, canonical; words below p, pads below 4 p. */
     void (*shares)(const Prime *prime, const uint64_t *words, const uint64_t *pads, size_t count,
                    uint64_t bias, uint64_t cofactor, uint64_t quotient, uint64_t *out);
+    /* The Chinese remainder theorem: numbers in [0, q), in words of 64 bits, from their shares
+     * y_j: the sum of y_j (q / p_j) less a multiple of q. */
+    void (*assemble)(const Ring *ring, const uint64_t (*shares)[BLOCK], size_t count,
+                     uint64_t (*numbers)[BLOCK]);
     /* `bits` bits from bit `place` on of numbers in words of 64 bits, minus bias. */
     void (*slots)(const uint64_t (*numbers)[BLOCK], size_t count, unsigned place, unsigned bits,
                   uint64_t bias, int64_t *out);
@@ -96,6 +107,9 @@ typedef struct {
 extern const Steps lattice_generic;
 const Steps *lattice_avx2(void); /* NULL where it cannot run */
 const Steps *lattice_ifma(void); /* NULL where it cannot run */
+
+void lattice_assemble(const Ring *ring, const uint64_t (*shares)[BLOCK], size_t count,
+                      uint64_t (*numbers)[BLOCK]); /* for any processor */
 
 /* --- arithmetic of one number ---------------------------------------------------------------*/
 

@@ -1,28 +1,31 @@
 /* The steps of _lattice.h for one kind of processor. The file that includes this defines
  *   NAME(x)            the name of a function of this variant
  *   CHACHA_LANES       see _chacha.h
- *   REAL_LANES         4 or 2 where there are vectors of float64 with a fused multiply-add;
- *                      then also reals (such a vector), FMA(a, b, c) = a b + c,
- *                      FNMA(a, b, c) = c - a b, ROUND(a) to an integer, FLOOR(a), LEAST(a, b)
- *                      and MOST(a, b); else 0
+ *   VALUE_LANES        4 or 2: float64 in a vector, and reals, that vector
+ *   LEAST(a, b), MOST(a, b) of two such vectors, lane by lane
+ *   REAL_LANES         the same number where there is a fused multiply-add, and then
+ *                      FMA(a, b, c) = a b + c, FNMA(a, b, c) = c - a b, ROUND(a) to an integer;
+ *                      else 0
  */
 
-#include <math.h>
+#include <float.h>
 #include <string.h>
 
 #include "_lattice.h"
+
+#if defined(__FAST_MATH__) || FLT_EVAL_METHOD != 0
+#error "float64 must be rounded after every step, and only then"
+#endif
 
 #include "_chacha.h"
 #include "_loops.h"
 
 /* --- vectors of float64 ---------------------------------------------------------------------*/
 
-#if REAL_LANES
-
-typedef uint64_t NAME(words) __attribute__((vector_size(8 * REAL_LANES)));
-typedef uint64_t NAME(loose) __attribute__((vector_size(8 * REAL_LANES), aligned(8), may_alias));
+typedef uint64_t NAME(words) __attribute__((vector_size(8 * VALUE_LANES)));
+typedef uint64_t NAME(loose) __attribute__((vector_size(8 * VALUE_LANES), aligned(8), may_alias));
 typedef double NAME(loose_reals)
-    __attribute__((vector_size(8 * REAL_LANES), aligned(8), may_alias));
+    __attribute__((vector_size(8 * VALUE_LANES), aligned(8), may_alias));
 
 #define LOAD(from) ((reals)*(const NAME(loose_reals) *)(from))
 #define STORE(to, x) (*(NAME(loose_reals) *)(to) = (x))
@@ -34,68 +37,45 @@ typedef double NAME(loose_reals)
 #define REALS(x) ((reals)((x) | TWO_52_BITS) - TWO_52)
 #define INTEGERS(x) ((NAME(words))((x) + TWO_52) ^ TWO_52_BITS)
 
-#endif
-
 /* --- values ---------------------------------------------------------------------------------*/
 
-/* Adding 1.5 2^52 leaves an integer below 2^51 in size in the low bits. */
+typedef float NAME(floats) __attribute__((vector_size(4 * VALUE_LANES), aligned(4), may_alias));
+typedef uint32_t NAME(halves) __attribute__((vector_size(4 * VALUE_LANES), aligned(4), may_alias));
+
+/* Adding 1.5 2^52 leaves an integer of at most 2^51 in size in the low bits, rounded to nearest,
+ * ties to even. */
 #define MAGIC 6755399441055744.0
 #define MAGIC_BITS 0x4338000000000000ULL
 
-static inline __attribute__((always_inline)) bool
-NAME(quantize_one)(double value, bool nearest, uint32_t noise, double scale, double one,
-                   double limit, uint64_t bias, uint64_t *out, size_t *clamped)
+typedef struct {
+    NAME(words) clamped, finite; /* a count, and all ones or zero, in every lane */
+} NAME(seen);
+
+/* Comparisons give all ones or zero in a lane: nothing branches on a value. */
+static inline __attribute__((always_inline)) void
+NAME(quantize)(reals value, const uint32_t *noise, const Rounding *rounding, uint64_t bias,
+               uint64_t *out, NAME(seen) *seen)
 {
-    /* Beyond 2^51, which is beyond every limit, and up to where MAGIC rounds to nearest, ties to
-     * even. */
-    const double far = 2251799813685248.0;
-    double x = value * scale;
-    x *= one;
-    x = x < far ? x : far;
-    x = x > -far ? x : -far;
-    double r = x + MAGIC;
-    r -= MAGIC;
-    if (!nearest) {
-        r -= r > x ? 1.0 : 0.0;
-        r += (double)noise < (x - r) * 4294967296.0 ? 1.0 : 0.0;
-    }
-    *clamped += __builtin_fabs(r) > limit;
-    r = r < limit ? r : limit;
-    r = r > -limit ? r : -limit;
-    r += MAGIC;
-    uint64_t bits;
-    memcpy(&bits, &r, 8);
-    *out = bits - MAGIC_BITS + bias;
-    return __builtin_fabs(value) <= 1.7976931348623157e308;
-}
-
-#if REAL_LANES
-
-typedef float NAME(floats) __attribute__((vector_size(4 * REAL_LANES), aligned(4), may_alias));
-typedef uint32_t NAME(halves) __attribute__((vector_size(4 * REAL_LANES), aligned(4), may_alias));
-
-/* The same, a vector at a time; returns words that are zero where a value is not finite. */
-static inline __attribute__((always_inline)) NAME(words)
-NAME(quantize_vector)(reals value, const uint32_t *noise, const Rounding *rounding, uint64_t bias,
-                      uint64_t *out, NAME(words) *clamped)
-{
-    const reals zero = {0}, far = zero + 1152921504606846976.0, limit = zero + rounding->limit;
+    const reals zero = {0}, limit = zero + rounding->limit;
+    const reals far = zero + 2251799813685248.0; /* 2^51, beyond every limit */
     const NAME(words) size = (NAME(words)){0} + 0x7fffffffffffffffULL;
     reals x = value * rounding->scale;
     x *= rounding->one;
     x = MOST(LEAST(x, far), -far);
+    reals r = x + MAGIC;
+    r -= MAGIC;
     if (noise) {
-        const reals low = FLOOR(x), fraction = (x - low) * 4294967296.0;
+        const reals one = zero + 1.0;
+        r -= (reals)((NAME(words))(r > x) & (NAME(words))one);
+        const reals fraction = (x - r) * 4294967296.0;
         const NAME(halves) given = *(const NAME(halves) *)noise;
         const reals uniform = REALS(__builtin_convertvector(given, NAME(words)));
-        const reals one = zero + 1.0;
-        x = low + (reals)((NAME(words))(uniform < fraction) & (NAME(words))one);
-    } else
-        x = ROUND(x);
-    *clamped -= (NAME(words))((reals)((NAME(words))x & size) > limit);
-    x = MOST(LEAST(x, limit), -limit);
-    STORE_WORDS(out, (NAME(words))(x + MAGIC) - MAGIC_BITS + bias);
-    return (NAME(words))((reals)((NAME(words))value & size) <= 1.7976931348623157e308);
+        r += (reals)((NAME(words))(uniform < fraction) & (NAME(words))one);
+    }
+    seen->clamped -= (NAME(words))((reals)((NAME(words))r & size) > limit);
+    r = MOST(LEAST(r, limit), -limit);
+    STORE_WORDS(out, (NAME(words))(r + MAGIC) - MAGIC_BITS + bias);
+    seen->finite &= (NAME(words))((reals)((NAME(words))value & size) <= 1.7976931348623157e308);
 }
 
 #define LOAD_FLOATS(from) __builtin_convertvector(*(const NAME(floats) *)(from), reals)
@@ -104,49 +84,37 @@ NAME(quantize_vector)(reals value, const uint32_t *noise, const Rounding *roundi
     static bool function(const type *values, size_t count, const Rounding *rounding,               \
                          uint64_t bias, uint64_t *out, size_t *clamped)                            \
     {                                                                                              \
+        enum { L = VALUE_LANES };                                                                  \
         const uint32_t *noise = rounding->noise;                                                   \
-        NAME(words) beyond = {0}, finite = ~beyond;                                                \
+        NAME(seen) seen = {{0}, ~(NAME(words)){0}};                                                \
         size_t c = 0;                                                                              \
         if (noise)                                                                                 \
-            for (; c + REAL_LANES <= count; c += REAL_LANES)                                       \
-                finite &= NAME(quantize_vector)(load(values + c), noise + c, rounding, bias,       \
-                                                out + c, &beyond);                                 \
+            for (; c + L <= count; c += L)                                                         \
+                NAME(quantize)(load(values + c), noise + c, rounding, bias, out + c, &seen);       \
         else                                                                                       \
-            for (; c + REAL_LANES <= count; c += REAL_LANES)                                       \
-                finite &= NAME(quantize_vector)(load(values + c), NULL, rounding, bias, out + c,   \
-                                                &beyond);                                          \
-        bool all = true;                                                                           \
-        for (int lane = 0; lane < REAL_LANES; lane++) {                                            \
-            all &= finite[lane] != 0;                                                              \
-            *clamped += beyond[lane];                                                              \
+            for (; c + L <= count; c += L)                                                         \
+                NAME(quantize)(load(values + c), NULL, rounding, bias, out + c, &seen);            \
+        if (c < count) {                                                                           \
+            const size_t left = count - c;                                                         \
+            type rest[L] = {0};                                                                    \
+            uint32_t given[L] = {0};                                                               \
+            uint64_t found[L];                                                                     \
+            memcpy(rest, values + c, left * sizeof *rest);                                         \
+            if (noise)                                                                             \
+                memcpy(given, noise + c, left * sizeof *given);                                    \
+            NAME(quantize)(load(rest), noise ? given : NULL, rounding, bias, found, &seen);        \
+            memcpy(out + c, found, left * sizeof *found);                                          \
         }                                                                                          \
-        for (; c < count; c++)                                                                     \
-            all &= NAME(quantize_one)(values[c], !noise, noise ? noise[c] : 0, rounding->scale,    \
-                                      rounding->one, rounding->limit, bias, out + c, clamped);     \
+        bool all = true;                                                                           \
+        for (int lane = 0; lane < L; lane++) {                                                     \
+            all &= seen.finite[lane] != 0;                                                         \
+            *clamped += (size_t)seen.clamped[lane];                                                \
+        }                                                                                          \
         return all;                                                                                \
     }
 
 QUANTIZE(NAME(quantize_float), float, LOAD_FLOATS)
 QUANTIZE(NAME(quantize_double), double, LOAD)
-
-#else
-
-#define QUANTIZE(function, type)                                                                   \
-    static bool function(const type *values, size_t count, const Rounding *rounding,               \
-                         uint64_t bias, uint64_t *out, size_t *clamped)                            \
-    {                                                                                              \
-        const uint32_t *noise = rounding->noise;                                                   \
-        bool all = true;                                                                           \
-        for (size_t c = 0; c < count; c++)                                                         \
-            all &= NAME(quantize_one)(values[c], !noise, noise ? noise[c] : 0, rounding->scale,    \
-                                      rounding->one, rounding->limit, bias, out + c, clamped);     \
-        return all;                                                                                \
-    }
-
-QUANTIZE(NAME(quantize_float), float)
-QUANTIZE(NAME(quantize_double), double)
-
-#endif
 
 /* --- words ----------------------------------------------------------------------------------*/
 
@@ -220,21 +188,21 @@ static void NAME(pad)(const Prime *prime, size_t n, uint64_t *words, const uint6
         y = PRODUCT(y, t, p, inverse);
         const reals w = LOAD(factors + n / 2 + k / 2);
 #if REAL_LANES == 4
-        reals u = __builtin_shufflevector(x, y, 0, 2, 4, 6);
-        reals v = __builtin_shufflevector(x, y, 1, 3, 5, 7);
+        reals u = SHUFFLE(NAME(words), x, y, 0, 2, 4, 6);
+        reals v = SHUFFLE(NAME(words), x, y, 1, 3, 5, 7);
         BUTTERFLY(u, v, w);
         const double *next = factors + n / 4 + k / 4;
         const reals w2 = {next[0], next[0], next[1], next[1]};
-        x = __builtin_shufflevector(u, v, 0, 4, 2, 6);
-        y = __builtin_shufflevector(u, v, 1, 5, 3, 7);
+        x = SHUFFLE(NAME(words), u, v, 0, 4, 2, 6);
+        y = SHUFFLE(NAME(words), u, v, 1, 5, 3, 7);
         BUTTERFLY(x, y, w2);
-        u = __builtin_shufflevector(x, y, 0, 1, 4, 5);
-        v = __builtin_shufflevector(x, y, 2, 3, 6, 7);
+        u = SHUFFLE(NAME(words), x, y, 0, 1, 4, 5);
+        v = SHUFFLE(NAME(words), x, y, 2, 3, 6, 7);
 #else
-        reals c = __builtin_shufflevector(x, y, 0, 2), d = __builtin_shufflevector(x, y, 1, 3);
+        reals c = SHUFFLE(NAME(words), x, y, 0, 2), d = SHUFFLE(NAME(words), x, y, 1, 3);
         BUTTERFLY(c, d, w);
-        const reals u = __builtin_shufflevector(c, d, 0, 2);
-        const reals v = __builtin_shufflevector(c, d, 1, 3);
+        const reals u = SHUFFLE(NAME(words), c, d, 0, 2);
+        const reals v = SHUFFLE(NAME(words), c, d, 1, 3);
 #endif
         STORE(a + k, u);
         STORE(a + k + L, v);
@@ -260,7 +228,8 @@ static void NAME(pad)(const Prime *prime, size_t n, uint64_t *words, const uint6
     /* Two stages at a time; the last of them gives words. */
     for (; blocks; step *= 4, blocks /= 4)
         for (size_t i = 0; i < blocks / 2; i++) {
-            const reals w0 = zero + factors[blocks + 2 * i], w1 = zero + factors[blocks + 2 * i + 1];
+            const reals w0 = zero + factors[blocks + 2 * i];
+            const reals w1 = zero + factors[blocks + 2 * i + 1];
             const reals w2 = zero + factors[blocks / 2 + i];
             double *from = a + 4 * step * i;
             const bool last = blocks == 2;
@@ -374,5 +343,6 @@ static void NAME(shares)(const Prime *prime, const uint64_t *words, const uint64
         .keystream = NAME(keystream), .pad = NAME(pad), .popcounts = NAME(popcounts),              \
         .quantize_float = NAME(quantize_float), .quantize_double = NAME(quantize_double),          \
         .place = NAME(place), .gather = NAME(gather), .add = NAME(add), .take = NAME(take),        \
-        .canonical = NAME(canonical), .shares = NAME(shares), .slots = NAME(slots),                \
+        .canonical = NAME(canonical), .shares = NAME(shares),                                      \
+        .assemble = lattice_assemble, .slots = NAME(slots),                                        \
     }

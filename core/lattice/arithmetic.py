@@ -85,10 +85,10 @@ def polynomials_of(body: Buffer, shape: Shape, first: int) -> int:
 
 
 def vector(array: NDArray[Any], *dtypes: type) -> NDArray[Any]:
-    """The array, contiguous; ValueError unless it is one-dimensional and of one of these types."""
+    """The array, contiguous and aligned; ValueError unless a vector of one of these types."""
     if array.ndim != 1 or array.dtype not in [np.dtype(dtype) for dtype in dtypes]:
         raise ValueError(f"expected a vector of {dtypes}, found {array.dtype} {array.shape}")
-    return np.ascontiguousarray(array)
+    return np.require(array, requirements=["C_CONTIGUOUS", "ALIGNED"])
 
 
 def check_integers(integers: Integers, slot_bits: int) -> Integers:

@@ -64,6 +64,7 @@ _FAR = 2.0**60  # as in encoding/fixed_point.py
 _LAZY_SUMS = 1 << 11  # words below 2^51 that int64 adds up without a reduction
 _LEAST_RUN = 512  # elements of the shortest inner loop of a butterfly
 _NOISE_BYTES = 4
+_BLAS_SIZE = 1 << 17  # multiply-adds that no BLAS divides among threads
 
 
 def _keystream(key: bytes, nonce: bytes, length: int) -> NDArray[np.uint8]:
@@ -162,6 +163,19 @@ def _primes_of(ring: Ring) -> tuple[_Prime, ...]:
     )
 
 
+def _exact_product(matrix: _Float, columns: _Float) -> Integers:
+    """A product whose sums stay below 2^53, a few columns at a time.
+
+    So small products are computed in one thread: more would only wait for one another, and the
+    callers have their own.
+    """
+    out = np.empty((len(matrix), columns.shape[1]))
+    step = max(1, _BLAS_SIZE // matrix.size)
+    for at in range(0, columns.shape[1], step):
+        np.matmul(matrix, columns[:, at : at + step], out=out[:, at : at + step])
+    return out.astype(np.int64)
+
+
 def _split(constants: Sequence[int]) -> _Float:
     """Constants below 2^50 as their upper 25 bits, then their lower."""
     upper = [constant >> _PART for constant in constants]
@@ -189,7 +203,7 @@ class _Packer:
             high = np.rint(slots * 2.0**-_PART)
             rows = [slots - high * 2.0**_PART, high]
         rows.append(np.zeros((1, slots.shape[1])) if errors is None else errors[None])
-        upper, lower = (self._matrices[prime] @ np.concatenate(rows)).astype(np.int64)
+        upper, lower = _exact_product(self._matrices[prime], np.concatenate(rows))
         p = self._primes[prime]
         words: Integers = lower + p.product(upper, 1 << _PART, (1 << _PART) / p.p)
         return words
@@ -231,7 +245,7 @@ class _Cutter:
         times = np.floor(quotient)
         lower = [share & _PART_MASK for share in shares]
         upper = [share >> _PART for share in shares]
-        parts = (self._matrix @ np.array([*lower, *upper], np.float64)).astype(np.int64)
+        parts = _exact_product(self._matrix, np.array([*lower, *upper], np.float64))
         parts -= self._q[:, None] * times.astype(np.int64)
         for i in range(self._PARTS - 1):
             parts[i + 1] += parts[i] >> _PART

@@ -79,11 +79,8 @@ def tensor_digests(container: Container) -> dict[str, bytes]:
 
 def payload_bytes(job: Job, values: int) -> int:
     """Bytes of a release's payload: the half-opened components, then the proof."""
-    return _opened_bytes(job, job.codec.groups(values)) + release_proof.proof_length(job.public_key)
-
-
-def _opened_bytes(job: Job, groups: int) -> int:
-    return groups * COMPONENTS * job.public_key.arithmetic.width
+    key, groups = job.public_key, job.codec.groups(values)
+    return release_proof.half_opened_bytes(key, groups) + release_proof.proof_length(key)
 
 
 def open_release(job: Job, path: Path, stack: ExitStack, work: Work) -> Release:
@@ -133,7 +130,7 @@ def unseal(job: Job, release: Release, encryption_key: bytes) -> Sealed:
         encryption_key,
         release.core(job),
         groups,
-        _opened_bytes(job, groups),
+        release_proof.half_opened_bytes(job.public_key, groups),
         release.container.bytes_of(SEALED),
     )
 
@@ -160,7 +157,10 @@ def check_body(job: Job, release: Release, work: Work) -> None:
         return
     batches = job.codec.batches(values, work.lanes)
     tasks = ((job.codec, values, batch, body.read, str(release.path)) for batch in batches)
-    for _ in work.map("check the body", _check_body, tasks, len(batches), threads=True):
+    done = work.map(
+        "check the body", _check_body, tasks, len(batches), public=True, threads=job.codec.threads
+    )
+    for _ in done:
         pass
 
 

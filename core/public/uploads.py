@@ -75,8 +75,11 @@ def open_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> Upload:
     return Upload(path, header, digest, container)
 
 
-def check_proof(job: Job, upload: Upload, work: Work) -> None:
-    """Check an upload's residues (FormatError) and its proof (VerificationError)."""
+def check_proof(job: Job, upload: Upload, work: Work, expected_proofs: int = 1) -> None:
+    """Check an upload's residues (FormatError) and its proof (VerificationError).
+
+    `expected_proofs` is how many uploads will be checked in all.
+    """
     key, path, container = job.public_key, upload.path, upload.container
     groups = job.codec.groups(upload.header.values)
     found = proof.decode(key, groups, container.whole(PROOF))
@@ -100,7 +103,7 @@ def check_proof(job: Job, upload: Upload, work: Work) -> None:
         partial = work.map(
             step_name, _weigh, tasks, len(pieces), serial_below, values=values, public=True
         )
-        proof.verify(key, found, _multiply(key, partial))
+        proof.verify(key, found, _multiply(key, partial), expected_proofs)
     except VerificationError as error:
         raise VerificationError(f"{path}: {error.message}", error.hint) from None
 

@@ -196,7 +196,7 @@ def _verify_product(job: Job, result: Result, pool: _Pool, work: Work, needed: b
         if start:
             results.check_base(upload, start)
         uploads.check_same(upload, found[0])
-        uploads.check_proof(job, upload, work)
+        uploads.check_proof(job, upload, work, len(found))
     orphans = _orphans(job, header, found, pool)
     layouts = [start.layout] if start else [upload.header.layout for upload in found]
     if header.layout not in layouts:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
-FLAGS = ("-std=c11", "-O1", "-fPIC", "-shared", "-Wno-psabi", "-DDTL_EMULATED", f"-I{HERE}")
+FLAGS = ("-std=c11", "-O1", "-fPIC", "-Wno-psabi", "-DDTL_EMULATED", f"-I{HERE}")
 
 
 class NoCompiler(Exception):
@@ -27,26 +27,29 @@ def compiler() -> str:
     return found
 
 
-def build(
-    sources: Sequence[Path], target: Path, options: Sequence[str] = (), linking: Sequence[str] = ()
-) -> None:
-    """Compile sources into the shared library `target`, once for all processes that want it.
-
-    `options` go to every source, `linking` to the last step only.
-    """
+def compile_object(source: Path, target: Path, options: Sequence[str] = ()) -> None:
+    """Compile one source; NoCompiler where that fails."""
     include = f"-I{sysconfig.get_paths()['include']}"
+    _run([compiler(), *FLAGS, *options, include, "-c", str(source), "-o", str(target)])
+
+
+def link(objects: Sequence[Path], target: Path, options: Sequence[str] = ()) -> None:
+    """Make a shared library of compiled sources."""
+    _run([compiler(), "-shared", *map(str, objects), *options, "-o", str(target)])
+
+
+def build(sources: Sequence[Path], target: Path) -> None:
+    """Compile sources into the shared library `target`, once for all processes that want it."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return
-        objects = []
-        for source in sources:
-            made = target.parent / f"{source.stem}.o"
-            _run([compiler(), *FLAGS, *options, include, "-c", str(source), "-o", str(made)])
-            objects.append(str(made))
+        objects = [target.parent / f"{source.stem}.o" for source in sources]
+        for source, made in zip(sources, objects, strict=True):
+            compile_object(source, made)
         partial = target.with_suffix(".partial")
-        _run([compiler(), "-shared", *objects, *linking, "-o", str(partial)])
+        link(objects, partial)
         partial.rename(target)
 
 

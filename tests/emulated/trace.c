@@ -5,11 +5,35 @@
  * -fsanitize-coverage=trace-pc (a call for every basic block), but linked with these functions
  * in the place of the sanitizers' own. This file is compiled without.
  */
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 static uint64_t hash, events;
+static bool recording;
+
+/* While it records, memory comes from here, so that the same steps have the same addresses. */
+static _Alignas(64) unsigned char arena[32 << 20];
+static size_t used;
+
+void *__real_aligned_alloc(size_t alignment, size_t size);
+void __real_free(void *memory);
+
+void *__wrap_aligned_alloc(size_t alignment, size_t size)
+{
+    if (!recording)
+        return __real_aligned_alloc(alignment, size);
+    unsigned char *memory = arena + used;
+    used += (size + 63) / 64 * 64;
+    return used > sizeof arena ? NULL : memory;
+}
+
+void __wrap_free(void *memory)
+{
+    if ((unsigned char *)memory < arena || (unsigned char *)memory >= arena + sizeof arena)
+        __real_free(memory);
+}
 
 static void record(uint64_t value)
 {
@@ -21,11 +45,13 @@ static void record(uint64_t value)
 void trace_start(void)
 {
     hash = 1;
-    events = 0;
+    events = used = 0;
+    recording = true;
 }
 
-uint64_t trace_hash(void)
+uint64_t trace_stop(void)
 {
+    recording = false;
     return hash;
 }
 

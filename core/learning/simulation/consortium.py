@@ -287,7 +287,7 @@ class Consortium:
                 work=self._work,
             ),
             *("release-model", result, "--key", f"{JOB}/server.key"),
-            *(part for name in admit for part in ("--admit", name)),
+            *_given("--admit", ",".join(admit) or None),
             *("-o", release),
         )
         header, _ = self._header(release)

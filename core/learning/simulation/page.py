@@ -108,7 +108,7 @@ def render(report: Report) -> str:
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{len(o.participants)} participants, {o.rounds} rounds, '
         f"{report.summary.values:,} weights; security {escape(report.security)}, "
-        f"{o.slot_bits} bits a value. After the public "
+        f"{o.cipher} cipher, {o.slot_bits} bits a value. After the public "
         "initial weights, the server saw no gradient and no model.</p>",
         _figures(report),
         '<div class="charts">',
@@ -289,7 +289,8 @@ def _details(report: Report) -> str:
             f"pooled {s.central_accuracy:.2f} %, alone {s.alone_mean_accuracy:.2f} % (mean)",
         ),
         ("fixed point", f"{o.slot_bits} slot bits, {o.fraction_bits} fraction bits, {o.rounding}"),
-        ("job", f"{report.job[:32]}…, {o.modulus_bits}-bit modulus"),
+        ("job", f"{report.job[:32]}…, {o.cipher} cipher, {o.modulus_bits}-bit modulus"),
+        ("upload", _upload(report)),
         ("software", ", ".join(f"{name} {known}" for name, known in report.software.items())),
     ]
     table = _table(("", ""), rows, set())
@@ -300,6 +301,15 @@ def _details(report: Report) -> str:
         "<code>commands.sh</code> beside this page does the run by hand.</p>"
     )
     return _section("The run", note + table, "wide")
+
+
+def _upload(report: Report) -> str:
+    s = report.summary
+    key = _size(s.upload_key_bytes)
+    if not s.upload_body_bytes:
+        return f"{key}: ciphertexts of all values, and their proof"
+    body = _size(s.upload_body_bytes)
+    return f"body (the padded values) {body}, key part (the pad's encrypted secret, proof) {key}"
 
 
 def _counts(samples: Mapping[str, int]) -> str:

@@ -88,7 +88,11 @@ class Party(_Frozen):
 
 
 class Summary(_Frozen):
-    """The figures that matter; accuracies in percent, differences in points."""
+    """The figures that matter; accuracies in percent, differences in points.
+
+    An upload has `upload_body_bytes` of padded values (0 with the direct cipher), and
+    `upload_key_bytes` of all else: ciphertexts of the double trapdoor, proof and header.
+    """
 
     accuracy: float
     float_accuracy: float
@@ -101,13 +105,16 @@ class Summary(_Frozen):
     rounds_identical_to_twin: int
     clamped: int
     values: int
+    cipher: str
     upload_bytes_a_value: float
+    upload_body_bytes: int
+    upload_key_bytes: int
 
 
 class Report(_Frozen):
     """Everything in `report.json`; `twin` has the twin's digest V of every round."""
 
-    format: Literal["dtl/simulation/v1"] = "dtl/simulation/v1"
+    format: Literal["dtl/simulation/v2"] = "dtl/simulation/v2"
     options: SimulationOptions
     job: str
     security: str
@@ -148,6 +155,7 @@ def make_report(
     shards = consortium.shards
     uploads = [step.bytes for step in steps if step.step == "encrypt-grads"]
     values = sum(array.size for array in baselines.twin.initial.values())
+    body = consortium.job.codec.body_bytes(values)
     last = scores[-1]
     released = sum(record.released for record in rounds)
 
@@ -166,7 +174,10 @@ def make_report(
         rounds_identical_to_twin=identical,
         clamped=baselines.twin.clamped,
         values=values,
+        cipher=options.cipher,
         upload_bytes_a_value=round(mean(uploads) / values, 3) if uploads else 0.0,
+        upload_body_bytes=body if uploads else 0,
+        upload_key_bytes=round(mean(uploads) - body) if uploads else 0,
     )
     names = (KGC, SERVER, *options.participants)
     return Report(

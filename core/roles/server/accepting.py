@@ -72,7 +72,7 @@ def accept(
         def check(upload: Upload = upload) -> None:
             if reference:
                 uploads.check_same(upload, reference)
-            uploads.check_proof(job, upload, work)
+            uploads.check_proof(job, upload, work, len(based))
             uploads.check_only(upload, accepted)
 
         if passes(check, upload.path):
