@@ -79,7 +79,7 @@ def check_applied(entries: list[Entry], total: Plain, model: Plain) -> None:
         return
     pinned = [e for e in find(entries, "upload", base=parent) if e["opened"] == parent]
     if pinned:
-        require(model.digest.hex() == parent, 5, "not the pinned weights")
+        require(model.digest.hex() == parent, 4, "not the pinned weights")
         return
     steps = find(entries, "step", sum=parent)
     require(steps, 5, "the model before the sum is not known")

@@ -64,10 +64,10 @@ def parse(arguments: Sequence[str]) -> Given:
 
 
 def _accept(
-    job: Job, given: Given, start: results.Start | None
+    job: Job, given: Given, start: results.Start | None, closing: bool = False
 ) -> tuple[list[bulk.Bulk], dict[str, str]]:
     uploads = [bulk.read(path, job, "upload") for path in given.files]
-    results.check_uploads(job, uploads, start)
+    results.check_uploads(job, uploads, start, closing)
     return uploads, {upload.header["signer"]: upload.digest.hex() for upload in uploads}
 
 
@@ -121,11 +121,13 @@ def aggregate(given: Given) -> None:
             require(reveal.body["close"] == close.digest.hex(), 3, "of another close file")
         results.orphaned(job, close.body["missing"], uploads, reveals, 6)
     results.manifest(job, uploads, start, uploads[0].header["layout"], "")
+    for upload in uploads:
+        upload.body(job)
 
 
 def close_round(given: Given) -> None:
     key, job = given.key("server")
-    uploads, digests = _accept(job, given, None)
+    uploads, digests = _accept(job, given, None, closing=True)
     entries, round_ = given.ledger(key), uploads[0].header["round"]
     _check_first(entries, round_, digests)
     require(documents.can_close(job, len(digests)), 6, "too few to close a round")
@@ -164,7 +166,6 @@ def release_model(given: Given) -> None:
     key, job = given.key("server")
     result = results.read_result(given.files[0], job)
     header, digest = result.header, result.digest.hex()
-    results.vector(job, result)
     require(len(header["contributors"]) >= job.body["min_contributors"], 6, "too few contributors")
     entries, base = given.ledger(key), header["parent"] or header["initial"]
     for name in given.options.get("--admit", []):
@@ -175,6 +176,7 @@ def release_model(given: Given) -> None:
         if entry["result"] != digest:
             require(entry["round"] != header["round"], 5, "another result of the round")
             require(base is None or entry["base"] != base, 5, "another result on the base")
+    results.vector(job, result)
 
 
 def _evidence(job: Job, given: Given, initial: bool = True) -> results.Evidence:

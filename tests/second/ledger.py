@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.second import encoding
-from tests.second.documents import Key, name, names
+from tests.second.documents import Key, name
 from tests.second.encoding import (
     FORMAT,
     Refused,
@@ -52,7 +52,9 @@ def _check(entry: Entry) -> None:
         elif field in ("base", "parent", "opened"):
             digest_or_null(value)
         elif field in ("grants", "admitted"):
-            names(value)
+            require(isinstance(value, list), 4, "not a list of names")
+            for item in value:
+                name(item)
         elif field == "uploads":
             for participant, digest in value.items():
                 name(participant)

@@ -81,7 +81,9 @@ def check_base(upload: Bulk, start: Start) -> None:
     require(shapes(header["layout"]) == shapes(start.layout), 3, "other tensors than the model")
 
 
-def check_uploads(job: Job, uploads: Sequence[Bulk], start: Start | None) -> None:
+def check_uploads(
+    job: Job, uploads: Sequence[Bulk], start: Start | None, closing: bool = False
+) -> None:
     """What is asked of uploads besides their form: section 8.2."""
     if start:
         for upload in uploads:
@@ -93,7 +95,8 @@ def check_uploads(job: Job, uploads: Sequence[Bulk], start: Start | None) -> Non
         require(header["base"] == first["base"], 3, "of another base")
         require(shapes(header["layout"]) == shapes(first["layout"]), 3, "of other tensors")
         proof.check(job, upload)
-        upload.body(job)
+        if closing:  # in a close file, it cannot be left out any more
+            upload.body(job)
         require(header["signer"] not in seen, 5, "two uploads of a participant")
         seen.add(header["signer"])
 

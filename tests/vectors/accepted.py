@@ -20,7 +20,10 @@ GOOD = {
     "open-recomputed": faults.OPEN_RECOMPUTED,
     "open-sum-recomputed": f"{faults.OPEN_SUM} --uploads {faults.UPLOADS}",
     "release-again": "release-model sum-3.enc --key job/server.key -o out",
-    "release-model": "release-model model-2.enc --key job/server.key --admit dave -o out",
+    "release-model": faults.RELEASE,
+    "release-admitting": f"{faults.RELEASE} --admit dave",
+    "verify-upload": f"verify {faults.A} --job job/job.json",
+    "verify-upload-late": f"verify {faults.LATE} --job job/job.json",
     "reveal-again": faults.REVEAL,
     "verify-close": "verify round-2.close --job job/job.json",
     "verify-job": faults.JOB,
@@ -68,6 +71,10 @@ def accepted() -> Iterator[Fault]:
     def boxed(scene: Scene) -> dict[str, bytes]:
         return {"job/alice.key": faults._box(scene), "passphrase": PASSPHRASE}
 
+    def before_any(scene: Scene) -> dict[str, bytes]:
+        return {"job/server.ledger": scene.lines("server")[0]}
+
+    yield Fault("good-close", "the round is not closed yet", faults.CLOSE, 0, before_any)
     yield Fault("ledger-torn", "a torn last line is cut off", faults.OPEN, 0, torn)
     yield Fault("ledger-grown", "zeros at the end are cut off", faults.OPEN, 0, grown)
     yield Fault("ledger-line-end-lost", "only the last line end is lost", faults.OPEN, 0, unended)

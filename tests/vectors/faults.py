@@ -58,6 +58,10 @@ ENCRYPT = (
     "-o out"
 )
 AGAIN = ENCRYPT.replace("model-2", "model-1")
+CLOSE = (
+    "close-round alice-1.upload bob-1.upload carol-1.upload --key job/server.key -o out"
+)
+RELEASE = "release-model model-2.enc --key job/server.key -o out"
 AUDIT = "audit alice-3.upload --key job/kgc.key"
 AUDIT_LATER = "audit alice-2.upload --key job/kgc.key --model model-1.enc"
 A, B, LATE = "alice-3.upload", "bob-3.upload", "alice-2.upload"
@@ -330,7 +334,11 @@ def uploads() -> Iterator[Fault]:
 
 def bodies() -> Iterator[Fault]:
     def fault(name: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
-        return Fault(f"body-{name}", about, SUM, code, lambda scene: {A: make(scene)})
+        def change(scene: Scene) -> Changes:
+            ledger = scene.cut("server", "aggregate", round=3)
+            return {"job/server.ledger": ledger, A: make(scene)}
+
+        return Fault(f"body-{name}", about, SUM, code, change)
 
     def edited(edit: Callable[[Tensors], object]) -> Callable[[Scene], bytes]:
         return lambda scene: scene.tensors(A, edit)
@@ -519,7 +527,7 @@ def direct() -> Iterator[Fault]:
             "job/carol.ledger" if tried else "",
         )
 
-    yield opened("value", "a value beyond n e_max", _residue_plus(0, 1, 1 << 22))
+    yield opened("value", "a value beyond n e_max", _residue_plus(0, 1, 3 << 21))
     yield opened("padding", "a slot after the last value is not zero", _residue_plus(2, 7, 1))
     yield opened("block", "a block out of range", _residue_plus(1, 2, 1 << 252))
     yield opened("no-block", "a residue that does not open", _residue_times(1, 3))
@@ -599,6 +607,55 @@ def spellings() -> Iterator[Fault]:
     yield header("look-alike", "a Cyrillic letter in a name", '"alice"', '"аlice"')
 
 
+def closings() -> Iterator[Fault]:
+    """Uploads that the server looks at before it closes a round."""
+    first = "alice-1.upload"
+
+    def fault(title: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
+        def change(scene: Scene) -> Changes:
+            return {"job/server.ledger": scene.lines("server")[0], first: make(scene)}
+
+        return Fault(f"closing-{title}", about, CLOSE, code, change)
+
+    yield fault(
+        "word-too-large",
+        "a word of the body is p_1: it could not be added up; the proof is made anew",
+        3,
+        _proven_body(first, _word_set(0, 0)),
+    )
+    yield fault(
+        "residue-added-to",
+        "a block has 1 added",
+        4,
+        lambda scene: scene.residue(first, 0, 1, lambda c: _added(scene, c)),
+    )
+    yield Fault("closing-released", "the round was released", CLOSE, 5, _no)
+    yield Fault(
+        "closing-too-few",
+        "two of four are in",
+        CLOSE.replace(" carol-1.upload", ""),
+        6,
+        lambda scene: {"job/server.ledger": scene.lines("server")[0]},
+    )
+    yield Fault(
+        "closing-with-others",
+        "the round was closed with another upload",
+        CLOSE,
+        5,
+        lambda scene: {
+            "job/server.ledger": scene.cut("server", "aggregate", round=1),
+            first: forging.proven(scene, first),
+        },
+    )
+    yield Fault(
+        "verify-word-too-large",
+        "a word of the body is p_4; the proof is made anew",
+        f"verify {A} --job job/job.json",
+        3,
+        lambda scene: {A: forging.proven(scene, A, body=_word_set(3, 0))},
+    )
+
+
 def results() -> Iterator[Fault]:
     name = "model-2.enc"
 
@@ -640,9 +697,9 @@ def results() -> Iterator[Fault]:
         yield Fault(
             f"model-c0-{title}",
             f"a c_0 of the model {about}",
-            "release-model model-2.enc --key job/server.key --admit dave -o out",
+            RELEASE,
             3,
-            _residue_set(name, 0, 0, value),
+            _unreleased(_residue_set(name, 0, 0, value)),
         )
         yield Fault(
             f"start-c0-{title}",
@@ -1023,7 +1080,7 @@ def proofs() -> Iterator[Fault]:
     yield hostile("word-too-large", "a word of the body is p_2", _words(1, 5), 3, False)
     yield hostile("garbage", "the body is what nobody made", _garbage_body)
     yield hostile("error", "an error beyond 64 U", _words_plus(300))
-    yield hostile("value", "a value beyond n e_max", _words_plus(1 << 28 + 22))
+    yield hostile("value", "a value beyond n e_max", _words_plus(3 << 28 + 21))
     yield hostile("above", "something above the slots", _words_plus(1 << 28 + 24 * 7))
     yield hostile(
         "padding",
@@ -1320,9 +1377,9 @@ def ledgers() -> Iterator[Fault]:
         ("open-opened", "an open line without V", "open", {"opened": None}),
         (
             "open-admitted",
-            "an open line that admits out of order",
+            "an open line that admits what is no name",
             "open",
-            {"admitted": ["bob", "alice"]},
+            {"admitted": ["Bob"]},
         ),
         ("upload-opened", "an upload line whose `opened` is no digest", "upload", {"opened": ""}),
         ("reveal-close", "a reveal line whose `close` is null", "reveal", {"close": None}),
@@ -1622,6 +1679,7 @@ def all_faults() -> list[Fault]:
         spellings,
         results,
         closing,
+        closings,
         releases,
         proofs,
         attempts,
@@ -1881,6 +1939,14 @@ def _box_changed(box: Json) -> None:
     data = bytearray(base64.b64decode(box["sealed"]))
     data[0] ^= 1
     box["sealed"] = _base64(bytes(data))
+
+
+def _unreleased(change: Callable[[Scene], Changes]) -> Callable[[Scene], Changes]:
+    """The server has not released the model of round 2 yet."""
+    return lambda scene: {
+        "job/server.ledger": scene.cut("server", "release", round=2),
+        **change(scene),
+    }
 
 
 def _before_close(lines: list[bytes]) -> bytes:
