@@ -35,7 +35,8 @@ JobOption = Annotated[
     typer.Option(
         "--job",
         envvar="DTL_JOB",
-        help="The public job file; by default job.json in the folder of the key.",
+        help="The public job file; by default job.json in the folder of the key, or of "
+        "FILE without a key.",
         show_default=False,
     ),
 ]
