@@ -58,9 +58,7 @@ ENCRYPT = (
     "-o out"
 )
 AGAIN = ENCRYPT.replace("model-2", "model-1")
-CLOSE = (
-    "close-round alice-1.upload bob-1.upload carol-1.upload --key job/server.key -o out"
-)
+CLOSE = "close-round alice-1.upload bob-1.upload carol-1.upload --key job/server.key -o out"
 RELEASE = "release-model model-2.enc --key job/server.key -o out"
 AUDIT = "audit alice-3.upload --key job/kgc.key"
 AUDIT_LATER = "audit alice-2.upload --key job/kgc.key --model model-1.enc"
