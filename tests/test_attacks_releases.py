@@ -428,7 +428,7 @@ def in_the_padding(bench: Bench) -> Forged:
         return in_the_last_slot(bench)
     slots = bench.codec.packing.slots
     assert bench.values % (7 * slots)
-    bench.block(7 * bench.groups - 1, 1)
+    bench.block(7 * bench.groups - 1, 1 << 24 * (slots - 1))
     return bench.forged()
 
 
