@@ -4,7 +4,6 @@ Every function takes a source of chance and a file's bytes, and returns other by
 exception says that the mutation cannot be done with that file (no JSON in it, say).
 """
 
-import hashlib
 import io
 import json
 import struct
@@ -18,6 +17,7 @@ from dtl.core.files import canonical_json
 from dtl.core.files.container import file_digest
 from dtl.core.files.job_file import signed_digest
 from dtl.core.files.safetensors import build_header
+from tests.forging import digest_of
 
 Mutation = Callable[[Random, bytes], bytes]
 
@@ -334,7 +334,7 @@ def _sign_file(secret: bytes, data: bytes) -> bytes:
     header, body = _split(data)
     raw = header.pop("__metadata__")["dtl"]
     contents = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
-    hashes = {name: hashlib.sha512(content).digest() for name, content in contents.items()}
+    hashes = {name: digest_of(name, content) for name, content in contents.items()}
     kind = json.loads(raw)["kind"]
     signature = primitives.sign(secret, kind, file_digest(_encode(raw), hashes))
     ordered = [(name, "U8", header[name]["shape"]) for name in sorted(header)]
