@@ -304,7 +304,7 @@ def tensor_bytes(chance: Random, data: bytes) -> bytes:
     shape, content = header[name]["shape"], body[start:end]
     match chance.randrange(2):
         case 0:
-            content = _residues(chance, content)
+            content = (_words if name == "body" else _residues)(chance, content)
         case _:
             shape, content = chance.choice(
                 [([len(content)], content), (shape[::-1], content), ([0], b""), ([1], b"x")]
@@ -323,6 +323,15 @@ def _residues(chance: Random, data: bytes) -> bytes:
     place = chance.randrange(max(1, len(data) // width)) * width
     number = chance.choice([bytes(width), b"\1" + bytes(width - 1), b"\xff" * width, data[:width]])
     return (data[:place] + number + data[place + width :])[: len(data)]
+
+
+def _words(chance: Random, data: bytes) -> bytes:
+    """A body with the low bits of a word changed, or the high bits of four (PROTOCOL, 10)."""
+    place = chance.randrange(max(1, len(data) - 6))
+    low = chance.choice([bytes(6), b"\xff" * 6, chance.randbytes(6), data[:6]])
+    changed = data[:place] + low + data[place + 6 :]
+    high = bytes([chance.choice([0, 0xFF, 0x55, 0xAA])])
+    return chance.choice([changed, data[:-1] + high, changed[:-1] + high])[: len(data)]
 
 
 def sign_anew(kind: str, secret: bytes, data: bytes) -> bytes:

@@ -168,8 +168,7 @@ def steps() -> list[Step]:
         _step(
             "open-model",
             "alice-sum-2.npz",
-            "open-model sum-2.release --key job/alice.key -o alice-sum-2.npz "
-            f"--uploads {second}",
+            f"open-model sum-2.release --key job/alice.key -o alice-sum-2.npz --uploads {second}",
         ),
         *(
             _step(
@@ -181,7 +180,9 @@ def steps() -> list[Step]:
             for name in NAMES
         ),
         _step("aggregate", "sum-3.enc", f"aggregate {third} {server} -o sum-3.enc"),
-        _step("release-model", "sum-3.release", f"release-model sum-3.enc {server} -o sum-3.release"),
+        _step(
+            "release-model", "sum-3.release", f"release-model sum-3.enc {server} -o sum-3.release"
+        ),
         *(
             _step(
                 "open-model",
