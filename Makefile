@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.[ch] core/lattice/*.[ch])
 
-.PHONY: demo test check bench bits timing vectors long faults fuzz engines clean
+.PHONY: demo test check bench bits timing vectors long faults fuzz engines mutants clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base

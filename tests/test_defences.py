@@ -27,6 +27,7 @@ from dtl.core.errors import (
     VerificationError,
 )
 from dtl.core.files import sealed
+from dtl.core.files.atomic import pending_files
 from dtl.core.files.container import BODY, RESIDUES, Container, Rows
 from dtl.core.files.headers import (
     Contribution,
@@ -1489,7 +1490,7 @@ def test_a_manifest_that_is_not_that_of_the_uploads(new_round: NewRound) -> None
     header = hostile.read(round_.aggregate(uploads))[0]
     others = header["contributors"][:3]
     changes = {"contributors": others, "missing": ["d"]}
-    changes["contributions"] = {name: 1 for name in "abc"}
+    changes["contributions"] = dict.fromkeys("abc", 1)
     changed = hostile.again(round_, round_.folder / "result.enc", "x.enc", changes)
     job = ("--job", round_.keys / "job.json")
     round_.dtl("verify", changed, *job, "--uploads", *uploads[:3], code=4)
@@ -1619,3 +1620,22 @@ def test_an_upload_has_its_line_before_its_name(
     monkeypatch.setattr(Ledger, "append", append)
     round_.upload("alice", random_arrays(1))
     assert seen == [False]
+
+
+def test_a_finished_upload_without_its_line_is_removed(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the two; the next run must not leave a second upload under one mask."""
+    round_ = new_round()
+    out = round_.folder / "alice.upload"
+
+    def killed(self: Ledger, entry: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "append", killed)
+        with pytest.raises(KeyboardInterrupt):
+            round_.upload("alice", random_arrays(1))
+    assert len(pending_files(out)) == 1
+    round_.upload("alice", random_arrays(1))
+    assert pending_files(out) == []

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-import xml.etree.ElementTree as ET  # noqa: S405  (pytest's own report)
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -143,10 +143,11 @@ def _results(report: Path, tests: Sequence[str]) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {test: [] for test in tests}
     for case in ET.parse(report).getroot().iter("testcase"):  # noqa: S314
         identity = f"{case.get('file')}::{case.get('name')}"
+        result = _result(case, identity)
         named = [test for test in tests if identity == test or identity.startswith(f"{test}[")]
         if not named:
             raise HarnessError(f"{identity} ran, and is not named")
-        found[named[0]].append(_result(case, identity))
+        found[named[0]].append(result)
     return found
 
 
