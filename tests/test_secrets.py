@@ -75,9 +75,7 @@ def test_a_ledger_that_is_a_link_is_refused(new_round: NewRound) -> None:
 
 
 @pytest.mark.parametrize(("kernel", "cipher"), [("gmpy2", "direct"), ("portable", "lattice")])
-def test_no_secret_stands_in_a_process_list(
-    new_round: NewRound, kernel: str, cipher: str
-) -> None:
+def test_no_secret_stands_in_a_process_list(new_round: NewRound, kernel: str, cipher: str) -> None:
     round_ = new_round(THREE, "--cipher", cipher, masks=True)
     needles = Needles.of_keys(round_.keys)
     gradients = round_.save("g.safetensors", {"x": np.ones(60_000, np.float32)})
