@@ -41,6 +41,7 @@ PRIMES = {
     ),
 }
 THREE = ("alice", "bob", "carol")
+CIPHERS = ("lattice", "direct")
 ONE = 2**16  # the integer that stands for 1.0, by default
 Arrays = dict[str, NDArray[Any]]
 

@@ -1490,7 +1490,7 @@ def test_a_manifest_that_is_not_that_of_the_uploads(new_round: NewRound) -> None
     header = hostile.read(round_.aggregate(uploads))[0]
     others = header["contributors"][:3]
     changes = {"contributors": others, "missing": ["d"]}
-    changes["contributions"] = {name: 1 for name in "abc"}
+    changes["contributions"] = dict.fromkeys("abc", 1)
     changed = hostile.again(round_, round_.folder / "result.enc", "x.enc", changes)
     job = ("--job", round_.keys / "job.json")
     round_.dtl("verify", changed, *job, "--uploads", *uploads[:3], code=4)

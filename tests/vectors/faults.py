@@ -1,51 +1,128 @@
 """Every faulty vector: what is wrong, with which command, and the exit code it must cause."""
 
 import base64
+import json
+import math
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from dtl.core.crypto import primitives
-from dtl.core.files import canonical_json, key_file, ledger, sealed
-from dtl.core.files.headers import ReleaseHeader
-from dtl.core.files.job_file import Job
-from dtl.core.files.key_file import Key
-from tests.vectors.scenarios import FOUR, PASSPHRASE, PRESENT, SPECS, tensors
-from tests.vectors.scene import Changes, Edit, Json, Scene, Tensors, drop, joined, outer, put
+from dtl.core.files import canonical_json, key_file
+from dtl.core.files.job_file import signed_digest
+from tests import helpers
+from tests.second import lattice
+from tests.vectors import forging
+from tests.vectors.scenarios import FOUR, PASSPHRASE, PRESENT, SPECS, THREE, tensors
+from tests.vectors.scene import (
+    Changes,
+    Edit,
+    Json,
+    Scene,
+    Tensors,
+    drop,
+    entries_of,
+    joined,
+    linked,
+    outer,
+    put,
+)
 
-UPLOADS = " ".join(f"{name}-1.upload" for name in FOUR)
+LATTICE, DIRECT = "three-rounds", "sums"
+UPLOADS = " ".join(f"{name}-3.upload" for name in FOUR)
 SUM = f"aggregate {UPLOADS} --key job/server.key -o out"
-LATER = " ".join(f"{name}-3.upload" for name in PRESENT)
-REVEALS = " ".join(f"{name}-3.reveal" for name in PRESENT)
-MODEL = f"aggregate {LATER} --key job/server.key --model model-2.enc --close round-3.close"
+LATER = " ".join(f"{name}-2.upload" for name in PRESENT)
+REVEALS = " ".join(f"{name}-2.reveal" for name in PRESENT)
+MODEL = f"aggregate {LATER} --key job/server.key --model model-1.enc --close round-2.close"
 MODEL_OUT = f"{MODEL} --reveals {REVEALS} -o out"
 VERIFY = (
-    f"verify model-3.enc --job job/job.json --model model-2.enc --uploads {LATER} "
+    f"verify model-2.enc --job job/job.json --model model-1.enc --uploads {LATER} "
     f"--reveals {REVEALS}"
 )
-VERIFY_SUM = f"verify sum-1.enc --job job/job.json --uploads {UPLOADS}"
-FIRST = MODEL_OUT.replace("-3.", "-2.").replace("--model model-2.enc", "--initial w0.safetensors")
-REVEAL = "reveal-masks round-3.close --key job/alice.key -o out"
-OPEN = "open-model model-2.release --key job/alice.key -o out.safetensors"
+VERIFY_SUM = f"verify sum-3.enc --job job/job.json --uploads {UPLOADS}"
+VERIFY_RELEASE = "verify model-1.release --key job/carol.key"
+INITIAL = MODEL_OUT.replace("--model model-1.enc", "--initial w0.safetensors")
+FIRST = INITIAL.replace("-2.", "-1.")
+REVEAL = "reveal-masks round-2.close --key job/alice.key -o out"
+OPEN = "open-model model-1.release --key job/alice.key -o out.safetensors"
+EVIDENCE = (
+    "--uploads alice-1.upload bob-1.upload carol-1.upload --initial w0.safetensors "
+    "--reveals alice-1.reveal bob-1.reveal carol-1.reveal"
+)
+OPEN_RECOMPUTED = f"{OPEN} {EVIDENCE}"
+VERIFY_ALL = f"{VERIFY_RELEASE} {EVIDENCE}"
+OPEN_SUM = "open-model sum-3.release --key job/carol.key -o out.safetensors"
 JOB = "verify job/job.json"
 ENCRYPT = (
-    "encrypt-grads alice.grads --key job/alice.key --model w0.safetensors --round 9 "
+    "encrypt-grads alice.grads --key job/alice.key --model alice.model-2.safetensors --round 9 "
+    "-o out"
+)
+AGAIN = ENCRYPT.replace("model-2", "model-1")
+CLOSE = "close-round alice-1.upload bob-1.upload carol-1.upload --key job/server.key -o out"
+RELEASE = "release-model model-2.enc --key job/server.key -o out"
+AUDIT = "audit alice-3.upload --key job/kgc.key"
+AUDIT_LATER = "audit alice-2.upload --key job/kgc.key --model model-1.enc"
+A, B, LATE = "alice-3.upload", "bob-3.upload", "alice-2.upload"
+OTHER = "5a" * 64
+TAG = "5a" * 16
+WIDTH = 64
+N = math.prod(helpers.PRIMES[256])
+PRIMES = lattice.SMALL.primes
+SMALL_BODY = lattice.Shape(lattice.SMALL, 24, 159)
+COEFFICIENTS = 23  # of a body of 159 values in slots of 24 bits
+Edit2 = Callable[[Tensors], object]
+Ledger = Callable[[list[Json]], object]
+STEP: Json = {
+    "event": "step",
+    "round": 1,
+    "sum": OTHER,
+    "content": OTHER,
+    "source": "adopt:bob",
+}
+GROUPS = 5  # of a secret, at 256 bits
+
+ENCRYPT_NAMED = "encrypt-grads alice.grads --key job/alice.key --round 9 -o out"
+
+DIRECT_UPLOADS = " ".join(f"{name}-1.upload" for name in THREE)
+DIRECT_SUM = f"aggregate {DIRECT_UPLOADS} --key job/server.key -o out"
+DIRECT_MODEL = f"{DIRECT_SUM} --initial w0.safetensors"
+DIRECT_VERIFY = (
+    f"verify model-1.enc --job job/job.json --uploads {DIRECT_UPLOADS} --initial w0.safetensors"
+)
+DIRECT_OPEN = "open-model sum-1.release --key job/carol.key -o out.safetensors"
+DIRECT_RECOMPUTED = f"{DIRECT_OPEN} --uploads {DIRECT_UPLOADS}"
+DIRECT_AUDIT = "audit alice-2.upload --key job/kgc.key --model sum-1.enc"
+ENCRYPT_FIRST = (
+    "encrypt-grads carol.grads --key job/carol.key --model w0.safetensors --round 9 "
     "--accept-differencing -o out"
 )
-AUDIT = "audit alice-1.upload --key job/kgc.key"
-A, B = "alice-1.upload", "bob-1.upload"
-OTHER = "5a" * 64
+APPLY = (
+    "apply-sum bob.sum-1.safetensors --model w0.safetensors --key job/bob.key -o out.safetensors"
+)
+OWN_STEP = (
+    "encrypt-grads bob.grads --key job/bob.key --model alice.w1.safetensors --own-step -o out"
+)
+STEPPED = (
+    "encrypt-grads alice.grads --key job/alice.key --model alice.w1.safetensors --round 9 "
+    "--accept-differencing -o out"
+)
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A faulty vector: its name, what it is, the command, the exit code, and how it is made."""
+    """A faulty vector: its name, what it is, the command, the exit code, and how it is made.
+
+    `scene` is the job that it is made from. `tried` is a ledger that gains a tried line, though
+    the command fails: half b was used.
+    """
 
     name: str
     about: str
     command: str
     code: int
     change: Callable[[Scene], Changes]
+    scene: str = LATTICE
+    tried: str = ""
 
 
 def uploads() -> Iterator[Fault]:
@@ -64,6 +141,16 @@ def uploads() -> Iterator[Fault]:
 
         return fault(f"residue-{name}", f"c_4 of the second group {about}", code, make)
 
+    def first(name: str, about: str, edit: Callable[[Scene, int], int]) -> Fault:
+        def make(scene: Scene) -> bytes:
+            return scene.residue(A, 1, 0, lambda number: edit(scene, number))
+
+        return fault(f"residue-c0-{name}", f"c_0 of the second group {about}", 3, make)
+
+    yield first("zero", "is 0", lambda scene, c: 0)
+    yield first("n", "is N", lambda scene, c: scene.p * scene.q)
+    yield first("beyond", "is c + N: the same modulo N", lambda scene, c: c + scene.p * scene.q)
+    yield first("multiple-of-p", "is p", lambda scene, c: scene.p)
     yield residue("zero", "is 0", 3, lambda scene, c: 0)
     yield residue("square", "is N^2", 3, lambda scene, c: scene.square)
     yield residue("beyond", "is c + N^2, which is too large", 3, _beyond)
@@ -89,6 +176,13 @@ def uploads() -> Iterator[Fault]:
             4,
             _one_larger(part),
         )
+    yield fault(
+        "proof-d0-beyond",
+        "d_0 is larger by N: the same modulo N",
+        4,
+        lambda scene: scene.proof(A, "d0", lambda number: number + scene.p * scene.q),
+    )
+    yield fault("proof-d0-zero", "d_0 is 0", 4, lambda scene: scene.proof(A, "d0", lambda d: 0))
     yield fault("proof-d-zero", "d_5 is 0", 4, lambda scene: scene.proof(A, "d5", lambda number: 0))
     yield fault(
         "proof-d-multiple-of-q",
@@ -106,7 +200,7 @@ def uploads() -> Iterator[Fault]:
         "proof-z-too-large",
         "z has a bit more than ell' + 1",
         4,
-        lambda scene: scene.proof(A, "z", lambda number: number | 1 << 514),
+        lambda scene: scene.proof(A, "z", lambda number: number | 1 << 517),
     )
     yield fault(
         "proof-of-another",
@@ -118,7 +212,7 @@ def uploads() -> Iterator[Fault]:
     )
     yield fault(
         "copied",
-        "another participant's residues and proof under the own name and signature",
+        "another participant's tensors under the own name and signature",
         4,
         lambda scene: scene.tensors(A, lambda found: found.update(scene.bulk(B)[1])),
     )
@@ -126,7 +220,7 @@ def uploads() -> Iterator[Fault]:
         "round-not-signed",
         "the header says one round more; the signature is that of the old header",
         4,
-        lambda scene: scene.container(A, '\\"round\\":1', '\\"round\\":2'),
+        lambda scene: scene.container(A, '\\"round\\":3', '\\"round\\":4'),
     )
     yield fault(
         "residue-not-signed",
@@ -146,12 +240,27 @@ def uploads() -> Iterator[Fault]:
         4,
         lambda scene: _signed_as_model(scene, A),
     )
-    yield header("round-other", "made for the next round", 3, put(round=2), B)
+    yield header("round-other", "made for the next round", 3, put(round=4), B)
     yield header("round-zero", "for round 0", 3, put(round=0))
     yield header("round-too-large", "for round 2^32", 3, put(round=2**32))
     yield header("round-text", "the round is a text", 3, put(round="1"))
-    yield header("base-other", "based on another model", 3, put(base=OTHER), B)
-    yield header("base-short", "the base is no digest", 3, put(base="5a" * 63))
+    yield header("base-other", "based on a model", 3, put(base=OTHER, opened_tag="5a" * 16), B)
+    yield header("base-short", "the base is no digest", 3, put(base="5a" * 63, opened_tag=TAG))
+    yield header("tag-without-base", "an opened tag, but no base", 3, put(opened_tag=TAG))
+    yield header("base-without-tag", "a base, but no opened tag", 3, put(base=OTHER))
+    yield header("tag-absent", "without `opened_tag`", 3, drop("opened_tag"))
+
+    def tagged(name: str, about: str, code: int, tag: object) -> Fault:
+        def change(scene: Scene) -> Changes:
+            return {LATE: scene.header(LATE, put(opened_tag=tag))}
+
+        return Fault(f"upload-tag-{name}", f"{about}; signed anew", MODEL_OUT, code, change)
+
+    yield tagged("null", "no opened tag, but a base", 3, None)
+    yield tagged("short", "an opened tag of 15 bytes", 3, "5a" * 15)
+    yield tagged("long", "an opened tag of 17 bytes", 3, "5a" * 17)
+    yield tagged("upper-case", "an opened tag in upper case", 3, "5A" * 16)
+    yield tagged("other", "another opened tag, under the old proof", 4, TAG)
     yield header("job-other", "of another job", 3, put(job=OTHER))
     yield header("job-upper-case", "the job's digest in upper case", 3, _upper("job"))
     yield header("roster-other", "of another roster", 3, put(roster=OTHER))
@@ -159,7 +268,7 @@ def uploads() -> Iterator[Fault]:
     yield header("signer-server", "by the server, who is no participant", 3, put(signer="server"))
     yield header("not-masked", "says that it is not masked", 3, put(masked=False))
     yield header("masked-number", "says 1 where it must say true", 3, put(masked=1))
-    yield header("format-other", "of another version", 3, put(format="dtl/v2"))
+    yield header("format-other", "of another version", 3, put(format="dtl/v3"))
     yield header("kind-other", "is of no kind that there is", 3, put(kind="uploads"))
     yield header("created-date-only", "without a time", 3, put(created="2023-11-14"))
     yield header("created-line-end", "a line end after the time", 3, _append("created", "\n"))
@@ -187,7 +296,7 @@ def uploads() -> Iterator[Fault]:
     )
     yield fault(
         "tensor-more",
-        "with a third tensor",
+        "with a fourth tensor",
         3,
         lambda scene: scene.tensors(A, lambda found: found.update(more=([1], b"\0"))),
     )
@@ -195,7 +304,7 @@ def uploads() -> Iterator[Fault]:
         "residues-flat",
         "the residues are of another shape",
         3,
-        lambda scene: scene.tensors(A, lambda found: _reshape(found, [16, scene.width])),
+        lambda scene: scene.tensors(A, lambda found: _reshape(found, [8 * GROUPS, scene.width])),
     )
     yield fault(
         "group-missing",
@@ -209,7 +318,7 @@ def uploads() -> Iterator[Fault]:
     yield Fault(
         "upload-missing",
         "one participant's upload is not given, and the round is not closed",
-        f"aggregate {A} {B} carol-1.upload --key job/server.key -o out",
+        f"aggregate {A} {B} carol-3.upload --key job/server.key -o out",
         6,
         _no,
     )
@@ -218,6 +327,219 @@ def uploads() -> Iterator[Fault]:
         "a field more in a tensor of the layout; signed anew",
         3,
         lambda scene: scene.header(A, lambda h: h["layout"][0].update(more=0)),
+    )
+
+
+def bodies() -> Iterator[Fault]:
+    def fault(name: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
+        def change(scene: Scene) -> Changes:
+            ledger = scene.cut("server", "aggregate", round=3)
+            return {"job/server.ledger": ledger, A: make(scene)}
+
+        return Fault(f"body-{name}", about, SUM, code, change)
+
+    def edited(edit: Callable[[Tensors], object]) -> Callable[[Scene], bytes]:
+        return lambda scene: scene.tensors(A, edit)
+
+    yield fault("missing", "without a body", 3, edited(lambda found: found.pop("body")))
+    yield fault("cut", "the body is a byte short", 3, edited(lambda found: _resize(found, -1)))
+    yield fault("longer", "the body has a byte more", 3, edited(lambda found: _resize(found, 1)))
+    yield fault(
+        "of-another",
+        "the body is that of another participant's upload",
+        4,
+        lambda scene: scene.tensors(A, lambda found: found.update(body=_tensor(scene, B, "body"))),
+    )
+    yield fault("changed", "a word is larger by 1, under the old proof", 4, edited(_word_larger))
+    for prime in range(4):
+        yield fault(
+            f"word-{prime + 1}-too-large",
+            f"a word modulo p_{prime + 1} is p_{prime + 1}; the proof is made anew",
+            3,
+            _proven_body(A, _word_set(prime, 0)),
+        )
+    yield fault(
+        "word-largest",
+        "a word has all its bits set; the proof is made anew",
+        3,
+        _proven_body(A, _word_set(0, 2**50 - 1 - PRIMES[0])),
+    )
+
+    def result(name: str, about: str, command: str, code: int, edit: Edit2) -> Fault:
+        def change(scene: Scene) -> Changes:
+            return {"model-1.enc": scene.tensors("model-1.enc", edit)}
+
+        return Fault(f"model-body-{name}", about, command, code, change)
+
+    again = MODEL_OUT
+    yield result("word-too-large", "a word of the model is p_1", again, 3, _words(0, 0))
+    yield result("missing", "a model without a body", again, 3, lambda found: found.pop("body"))
+    yield result("cut", "the body of a model is cut", again, 3, lambda found: _resize(found, -1))
+
+    def audited(name: str, about: str, make: Callable[[Scene], bytes]) -> Fault:
+        return Fault(f"audit-{name}", about, AUDIT, 4, lambda scene: {A: make(scene)})
+
+    yield audited(
+        "body-error", "an error beyond 64; the proof is made anew", _proven_body(A, _plus(1000))
+    )
+    yield audited(
+        "body-value",
+        "a value beyond e_max; the proof is made anew",
+        _proven_body(A, _plus(1 << 28 + 21)),
+    )
+    yield audited(
+        "body-padding",
+        "a slot that is left over is not zero; the proof is made anew",
+        _proven_body(A, _plus(1 << 28 + 24 * 6, COEFFICIENTS - 1)),
+    )
+    yield audited(
+        "secret", "a secret beyond 64; the proof is made anew", _proven_blocks(A, 0, 1000)
+    )
+    yield audited(
+        "secret-padding",
+        "the blocks hold more than the secret; the proof is made anew",
+        _proven_blocks(A, 7 * GROUPS - 1, 1 << 28 * 8),
+    )
+    yield audited(
+        "block", "a block out of range; the proof is made anew", _proven_blocks(A, 3, 1 << 252)
+    )
+    yield Fault(
+        "audit-malformed",
+        "a residue is multiplied by c_0's lift: a block of no meaning; signed anew",
+        AUDIT,
+        4,
+        lambda scene: {A: scene.residue(A, 2, 3, lambda c: c * _lifted(scene, A) % scene.square)},
+    )
+    for name, about, edit in (
+        ("tag", "another opened tag; the proof is made anew", put(opened_tag=TAG)),
+        ("round", "for another round: other masks; the proof is made anew", put(round=4)),
+    ):
+        yield Fault(f"audit-{name}", about, AUDIT_LATER, 4, _proven_header(LATE, edit))
+
+
+def direct() -> Iterator[Fault]:
+    upload = "alice-1.upload"
+
+    def fault(
+        name: str, about: str, command: str, code: int, change: Callable[[Scene], Changes]
+    ) -> Fault:
+        return Fault(f"direct-{name}", about, command, code, change, DIRECT)
+
+    def sent(name: str, about: str, code: int, edit: Edit2) -> Fault:
+        return fault(
+            name, about, DIRECT_SUM, code, lambda scene: {upload: scene.tensors(upload, edit)}
+        )
+
+    yield sent(
+        "body", "a body in a direct job", 3, lambda found: found.update(body=([575], bytes(575)))
+    )
+    yield sent("proof-missing", "without a proof", 3, lambda found: found.pop("proof"))
+    yield fault(
+        "residue-added-to",
+        "c_4 of the second group has 1 added to its block",
+        DIRECT_SUM,
+        4,
+        lambda scene: {upload: scene.residue(upload, 1, 4, lambda c: _added(scene, c))},
+    )
+    yield fault(
+        "residue-c0-beyond",
+        "c_0 of the second group is c + N",
+        DIRECT_SUM,
+        3,
+        lambda scene: {upload: scene.residue(upload, 1, 0, lambda c: c + scene.p * scene.q)},
+    )
+    yield fault(
+        "round-other",
+        "made for the next round; the proof is made anew",
+        DIRECT_SUM,
+        3,
+        _proven_header("bob-1.upload", put(round=2)),
+    )
+    yield fault(
+        "model-residue-wrong",
+        "a block of the model has 1 added",
+        DIRECT_VERIFY,
+        4,
+        lambda scene: {
+            "model-1.enc": scene.residue("model-1.enc", 0, 1, lambda c: _added(scene, c))
+        },
+    )
+    yield fault(
+        "model-body",
+        "a model with a body in a direct job",
+        DIRECT_VERIFY,
+        3,
+        lambda scene: {
+            "model-1.enc": scene.tensors(
+                "model-1.enc", lambda found: found.update(body=([25], bytes(25)))
+            )
+        },
+    )
+    yield fault(
+        "weights-headroom",
+        "initial weights beyond what slot_bits allow",
+        DIRECT_MODEL,
+        7,
+        lambda scene: {"w0.safetensors": tensors("w0", 65.0)},
+    )
+    yield fault(
+        "audit-tag",
+        "another opened tag; the proof is made anew",
+        DIRECT_AUDIT,
+        4,
+        _proven_header("alice-2.upload", put(opened_tag=TAG)),
+    )
+    yield fault(
+        "audit-value",
+        "a value beyond e_max; the proof is made anew",
+        DIRECT_AUDIT,
+        4,
+        lambda scene: {
+            "alice-2.upload": forging.proven(
+                scene, "alice-2.upload", blocks=_block_plus(0, 1 << 22)
+            )
+        },
+    )
+    yield fault(
+        "audit-padding",
+        "a slot after the last value is not zero; the proof is made anew",
+        DIRECT_AUDIT,
+        4,
+        lambda scene: {
+            "alice-2.upload": forging.proven(scene, "alice-2.upload", blocks=_block_plus(20, 1))
+        },
+    )
+
+    def opened(name: str, about: str, change: Edit2, tried: bool = True) -> Fault:
+        def make(scene: Scene) -> Changes:
+            return {"sum-1.release": forging.released(scene, "sum-1.release", None, change)}
+
+        command = DIRECT_OPEN if tried else DIRECT_RECOMPUTED
+        return Fault(
+            f"direct-release-{name}",
+            about,
+            command,
+            4,
+            make,
+            DIRECT,
+            "job/carol.ledger" if tried else "",
+        )
+
+    yield opened("value", "a value beyond n e_max", _residue_plus(0, 1, 3 << 21))
+    yield opened("padding", "a slot after the last value is not zero", _residue_plus(2, 7, 1))
+    yield opened("block", "a block out of range", _residue_plus(1, 2, 1 << 252))
+    yield opened("no-block", "a residue that does not open", _residue_times(1, 3))
+    yield opened("unit", "one unit more than the sum of the uploads", _residue_plus(0, 1, 1), False)
+    yield fault(
+        "release-body",
+        "a body in a direct job",
+        DIRECT_OPEN,
+        3,
+        lambda scene: {
+            "sum-1.release": scene.tensors(
+                "sum-1.release", lambda found: found.update(body=([25], bytes(25)))
+            )
+        },
     )
 
 
@@ -247,8 +569,8 @@ def spellings() -> Iterator[Fault]:
     yield text("escaped", "a letter escaped without need", '"proof"', '"\\u0070roof"')
     yield text("offset-float", "an offset is 0.0", "[0,", "[0.0,")
     yield text("offset-minus-zero", "an offset is -0", "[0,", "[-0,")
-    yield text("overlap", "two tensors overlap", '"data_offsets":[1537,', '"data_offsets":[1536,')
-    yield text("gap", "a gap between two tensors", '"data_offsets":[1537,', '"data_offsets":[1538,')
+    yield text("overlap", "two tensors overlap", '"data_offsets":[575,', '"data_offsets":[574,')
+    yield text("gap", "a gap between two tensors", '"data_offsets":[575,', '"data_offsets":[576,')
     yield text("dtype", "a tensor is of dtype I8", '"dtype":"U8"', '"dtype":"I8"')
     yield text(
         "metadata-more", "a third text in the metadata", '"signature"', '"more":"","signature"'
@@ -266,25 +588,74 @@ def spellings() -> Iterator[Fault]:
             lambda scene: {A: scene.text(A, old, new)},
         )
 
-    yield header("key-twice", "a key twice", '"round":1', '"round":1,"round":1')
-    yield header("key-twice-other", "a key twice, not the same", '"round":1', '"round":2,"round":1')
-    yield header("space", "a space", '"round":1', '"round": 1')
+    yield header("key-twice", "a key twice", '"round":3', '"round":3,"round":3')
+    yield header("key-twice-other", "a key twice, not the same", '"round":3', '"round":2,"round":3')
+    yield header("space", "a space", '"round":3', '"round": 3')
     yield header("line-end", "a line end at its end", '"values":159}', '"values":159}\n')
-    yield header("float", "a float", '"round":1', '"round":1.0')
-    yield header("exponent", "an exponent", '"round":1', '"round":1e0')
-    yield header("nan", "NaN", '"round":1', '"round":NaN')
-    yield header("minus-zero", "-0", '"round":1', '"round":-0')
-    yield header("long-number", "a number of 5,000 digits", '"round":1', '"round":' + "1" * 5000)
+    yield header("float", "a float", '"round":3', '"round":3.0')
+    yield header("exponent", "an exponent", '"round":3', '"round":3e0')
+    yield header("nan", "NaN", '"round":3', '"round":NaN')
+    yield header("minus-zero", "-0", '"round":3', '"round":-0')
+    yield header("long-number", "a number of 5,000 digits", '"round":3', '"round":' + "1" * 5000)
     yield header("surrogate", "half a surrogate pair", '"b"', '"\\ud800"')
     yield header("escaped", "a letter escaped without need", '"b"', '"\\u0062"')
-    yield header("slash", "an escaped slash", '"dtl/v2"', '"dtl\\/v1"')
-    yield header("true", "true for 1", '"round":1', '"round":true')
+    yield header("slash", "an escaped slash", '"dtl/v2"', '"dtl\\/v2"')
+    yield header("true", "true for 1", '"round":3', '"round":true')
     yield header("null", "null for a text", '"kind":"upload"', '"kind":null')
     yield header("look-alike", "a Cyrillic letter in a name", '"alice"', '"аlice"')
 
 
+def closings() -> Iterator[Fault]:
+    """Uploads that the server looks at before it closes a round."""
+    first = "alice-1.upload"
+
+    def fault(title: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
+        def change(scene: Scene) -> Changes:
+            return {"job/server.ledger": scene.lines("server")[0], first: make(scene)}
+
+        return Fault(f"closing-{title}", about, CLOSE, code, change)
+
+    yield fault(
+        "word-too-large",
+        "a word of the body is p_1: it could not be added up; the proof is made anew",
+        3,
+        _proven_body(first, _word_set(0, 0)),
+    )
+    yield fault(
+        "residue-added-to",
+        "a block has 1 added",
+        4,
+        lambda scene: scene.residue(first, 0, 1, lambda c: _added(scene, c)),
+    )
+    yield Fault("closing-released", "the round was released", CLOSE, 5, _no)
+    yield Fault(
+        "closing-too-few",
+        "two of four are in",
+        CLOSE.replace(" carol-1.upload", ""),
+        6,
+        lambda scene: {"job/server.ledger": scene.lines("server")[0]},
+    )
+    yield Fault(
+        "closing-with-others",
+        "the round was closed with another upload",
+        CLOSE,
+        5,
+        lambda scene: {
+            "job/server.ledger": scene.cut("server", "aggregate", round=1),
+            first: forging.proven(scene, first),
+        },
+    )
+    yield Fault(
+        "verify-word-too-large",
+        "a word of the body is p_4; the proof is made anew",
+        f"verify {A} --job job/job.json",
+        3,
+        lambda scene: {A: forging.proven(scene, A, body=_word_set(3, 0))},
+    )
+
+
 def results() -> Iterator[Fault]:
-    name = "model-3.enc"
+    name = "model-2.enc"
 
     def fault(title: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
         return Fault(title, about, VERIFY, code, lambda scene: {name: make(scene)})
@@ -300,10 +671,43 @@ def results() -> Iterator[Fault]:
     )
     yield fault(
         "model-residue-negated",
-        "a residue of the model is c_0 times -1: it opens the same, and is not the product",
+        "a residue of the model is c_1 times -1: it opens the same, and is not the product",
         4,
-        lambda scene: scene.residue(name, 0, 0, lambda c: scene.square - c),
+        lambda scene: scene.residue(name, 0, 1, lambda c: scene.square - c),
     )
+    yield fault(
+        "model-c0-negated",
+        "a c_0 of the model is times -1",
+        4,
+        lambda scene: scene.residue(name, 0, 0, lambda c: scene.p * scene.q - c),
+    )
+    yield fault(
+        "model-body-wrong",
+        "a value of the model is one unit larger",
+        4,
+        lambda scene: scene.tensors(name, _plus_one),
+    )
+    for title, about, value in (
+        ("zero", "is 0", lambda scene: 0),
+        ("n", "is N", lambda scene: scene.p * scene.q),
+        ("multiple-of-q", "is q", lambda scene: scene.q),
+    ):
+        yield Fault(
+            f"model-c0-{title}",
+            f"a c_0 of the model {about}",
+            RELEASE,
+            3,
+            _unreleased(_residue_set(name, 0, 0, value)),
+        )
+        yield Fault(
+            f"start-c0-{title}",
+            f"a c_0 of the model that goes on {about}",
+            MODEL_OUT,
+            3,
+            _residue_set("model-1.enc", 0, 0, value),
+        )
+    yield header("model-too-many", "2^21 contributions", 7, _counts("alice", 2**21 - 4))
+    yield header("model-count-huge", "2^32 contributions of one", 3, _counts("alice", 2**32))
     yield fault(
         "model-signed-by-a-participant",
         "signed with the key of a participant",
@@ -331,12 +735,12 @@ def results() -> Iterator[Fault]:
         "a sum that names initial weights; signed anew",
         VERIFY_SUM,
         3,
-        lambda scene: {"sum-1.enc": scene.header("sum-1.enc", put(initial=OTHER))},
+        lambda scene: {"sum-3.enc": scene.header("sum-3.enc", put(initial=OTHER))},
     )
     yield Fault(
         "sum-as-model",
         "a sum is given where a model goes on",
-        f"aggregate {LATER} --key job/server.key --model sum-1.enc --close round-3.close "
+        f"aggregate {LATER} --key job/server.key --model sum-3.enc --close round-2.close "
         f"--reveals {REVEALS} -o out",
         3,
         _no,
@@ -344,7 +748,7 @@ def results() -> Iterator[Fault]:
     yield Fault(
         "model-of-another-round",
         "the model that goes on is of the same round as the uploads",
-        MODEL_OUT.replace("model-2.enc", "model-3.enc"),
+        MODEL_OUT.replace("model-1.enc", "model-2.enc"),
         3,
         _no,
     )
@@ -358,7 +762,7 @@ def results() -> Iterator[Fault]:
     yield Fault(
         "verify-reveal-missing",
         "one of the reveals is not given",
-        VERIFY.replace(" carol-3.reveal", ""),
+        VERIFY.replace(" carol-2.reveal", ""),
         4,
         _no,
     )
@@ -367,19 +771,19 @@ def results() -> Iterator[Fault]:
         "a reveal with another key; signed anew",
         VERIFY,
         4,
-        lambda scene: {"bob-3.reveal": scene.document("bob-3.reveal", _wrong_key)},
+        lambda scene: {"bob-2.reveal": scene.document("bob-2.reveal", _wrong_key)},
     )
     yield Fault(
         "verify-upload-missing",
         "one of the uploads is not given",
-        VERIFY.replace(" carol-3.upload", ""),
+        VERIFY.replace(" carol-2.upload", ""),
         4,
         _no,
     )
 
 
 def closing() -> Iterator[Fault]:
-    close, reveal = "round-3.close", "bob-3.reveal"
+    close, reveal = "round-2.close", "bob-2.reveal"
 
     def closed(title: str, about: str, code: int, edit: Edit, signer: str = "") -> Fault:
         def change(scene: Scene) -> Changes:
@@ -422,17 +826,32 @@ def closing() -> Iterator[Fault]:
     )
     yield Fault(
         "close-of-another-round",
-        "the close file of round 2 for the uploads of round 3",
-        MODEL_OUT.replace("round-3.close", "round-2.close"),
+        "the close file of round 1 for the uploads of round 2",
+        MODEL_OUT.replace("round-2.close", "round-1.close"),
         3,
         _no,
     )
     yield Fault(
         "close-upload-more",
         "an upload of the close file is not given",
-        MODEL_OUT.replace(" carol-3.upload", ""),
+        MODEL_OUT.replace(" carol-2.upload", ""),
         6,
         _no,
+    )
+
+    yield Fault(
+        "close-after-tried",
+        "the owner has tried to open the result of the round",
+        REVEAL,
+        5,
+        _ledger("alice", _tried_instead_of_reveal),
+    )
+    yield Fault(
+        "close-after-upload",
+        "the owner has begun the round anew on the same base",
+        REVEAL,
+        5,
+        _ledger("alice", _begun_anew),
     )
 
     def revealed(title: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
@@ -445,11 +864,11 @@ def closing() -> Iterator[Fault]:
 
     yield revealed(
         "of-another-round",
-        "the reveal of round 2",
+        "the reveal of round 1",
         3,
-        lambda scene: scene.read("bob-2.reveal"),
+        lambda scene: scene.read("bob-1.reveal"),
     )
-    yield revealed("twice", "alice's reveal twice", 3, lambda s: s.read("alice-3.reveal"))
+    yield revealed("twice", "alice's reveal twice", 3, lambda s: s.read("alice-2.reveal"))
     yield edited("signed-by-another", "signed by another participant", 4, put(), "carol")
     yield edited("close-other", "answers another close file", 3, put(close=OTHER))
     yield edited("about-another", "about somebody who is in", 3, _about("carol"))
@@ -461,20 +880,28 @@ def closing() -> Iterator[Fault]:
     yield Fault(
         "reveal-missing",
         "one of the reveals is not given",
-        MODEL_OUT.replace(" bob-3.reveal", ""),
+        MODEL_OUT.replace(" bob-2.reveal", ""),
         6,
         _no,
     )
 
 
 def releases() -> Iterator[Fault]:
-    name = "model-2.release"
+    name = "model-1.release"
 
     def fault(title: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
         return Fault(f"release-{title}", about, OPEN, code, lambda scene: {name: make(scene)})
 
     def header(title: str, about: str, code: int, edit: Edit) -> Fault:
         return fault(title, f"{about}; signed anew", code, lambda scene: scene.header(name, edit))
+
+    def manifest(title: str, about: str, code: int, edit: Edit) -> Fault:
+        return fault(
+            title,
+            f"{about}; the result is signed anew",
+            code,
+            lambda scene: forging.reissued(scene, name, edit),
+        )
 
     yield header("grants-swapped", "the wrapped keys of two are swapped", 4, _swap_grants)
     yield header("grant-removed", "without alice's grant", 5, lambda h: h["grants"].pop(0))
@@ -488,15 +915,41 @@ def releases() -> Iterator[Fault]:
     yield header("commit-wrong", "another commitment", 4, put(commit=_base64(bytes(32))))
     yield header("commit-short", "a commitment of 31 bytes", 3, put(commit=_base64(bytes(31))))
     yield header("round-other", "of another round than its manifest", 3, put(round=3))
-    yield header("of-another", "of another result than was opened", 4, put(of=OTHER))
-    yield header("own-upload-other", "alice's upload is not in it", 4, _manifest(_upload_other))
-    yield header(
-        "initial-other", "not built on what alice worked on", 4, _manifest(put(initial=OTHER))
-    )
+    yield header("of-another", "names another result", 4, put(of=OTHER))
     yield header("manifest-changed", "another time in its manifest", 4, _manifest(_later))
-    yield header("too-few", "of two contributors", 6, _manifest(_two))
-    yield header("counts-wrong", "counts a round too many", 4, _manifest(_counts("bob", 2)))
     yield header("manifest-kind", "the manifest is an upload's", 3, _manifest(put(kind="upload")))
+    yield header("signature-short", "the result's signature is cut", 3, _short("result_signature"))
+    yield header("signature-upper-case", "the result's signature in upper case", 3, _upper_hex)
+    yield header("signature-absent", "without the result's signature", 3, drop("result_signature"))
+    yield header(
+        "signature-zero", "another signature of the result", 4, put(result_signature="00" * 64)
+    )
+    yield fault(
+        "signature-of-another",
+        "the result is signed by a participant; the release is signed anew",
+        4,
+        lambda scene: scene.header(name, _signed_by_bob(scene)),
+    )
+    yield manifest("own-upload-other", "alice's upload is not in it", 4, _upload_other)
+    yield manifest("initial-other", "not built on what alice worked on", 4, put(initial=OTHER))
+    yield manifest("result-other", "another result of a round that was opened", 4, _later)
+    yield manifest("too-few", "of two contributors", 6, _two)
+    yield manifest("counts-wrong", "counts a round too many", 4, _counts("bob", 2))
+    yield manifest("too-many", "2^21 contributions", 7, _counts("bob", 2**21 - 2))
+    yield manifest("not-the-roster", "names a stranger", 3, put(missing=["erin"]))
+    for tensor in ("residues", "body"):
+        yield fault(
+            f"{tensor}-changed",
+            f"a bit of {tensor}; signed anew",
+            4,
+            lambda scene, tensor=tensor: scene.number(name, tensor, 7, 1, lambda x: x ^ 1),
+        )
+        yield fault(
+            f"{tensor}-absent",
+            f"without {tensor}; signed anew",
+            3,
+            lambda scene, tensor=tensor: scene.tensors(name, lambda found: found.pop(tensor)),
+        )
     yield fault(
         "not-signed",
         "another time in the header; the signature is that of the old one",
@@ -537,6 +990,174 @@ def releases() -> Iterator[Fault]:
     )
 
 
+def proofs() -> Iterator[Fault]:
+    """What is sealed; and signed results that nobody should open."""
+    name = "model-1.release"
+
+    def sealed(title: str, about: str, code: int, edit: Callable[[Scene, bytes], bytes]) -> Fault:
+        def change(scene: Scene) -> Changes:
+            return {name: forging.resealed(scene, name, lambda payload: edit(scene, payload))}
+
+        return Fault(
+            f"payload-{title}", f"{about}; sealed and signed anew", VERIFY_RELEASE, code, change
+        )
+
+    def part(
+        title: str, about: str, code: int, at: int, value: Callable[[Scene, int], int]
+    ) -> Fault:
+        """Number `at` of c', t, t' in this order."""
+        return sealed(
+            title,
+            about,
+            code,
+            lambda scene, payload: _number_set(
+                payload, at * scene.width, scene.width, lambda old: value(scene, old)
+            ),
+        )
+
+    last = 7 * GROUPS
+    yield part("c1-negated", "c'_1 of the first group is times -1", 4, 0, _negated)
+    yield part("c1-added-to", "c'_1 of the first group has a block more", 4, 0, _added)
+    yield part("c1-of-c2", "c'_1 of the first group is 3", 4, 0, lambda scene, old: 3)
+    for title, about, at, code in (
+        ("c", "c'_7 of the last group", last - 1, 3),
+        ("t", "t_1", last, 4),
+        ("t-prime", "t'_7", last + 13, 4),
+    ):
+        yield part(f"{title}-zero", f"{about} is 0", code, at, lambda scene, old: 0)
+        yield part(f"{title}-square", f"{about} is N^2", code, at, lambda scene, old: scene.square)
+        yield part(f"{title}-multiple-of-p", f"{about} is p", code, at, lambda scene, old: scene.p)
+    yield part("t-wrong", "t_1 has a block more", 4, last, _added)
+    yield part("t-prime-wrong", "t'_7 has a block more", 4, last + 13, _added)
+
+    def z(title: str, about: str, edit: Callable[[int], int]) -> Fault:
+        return sealed(
+            title,
+            about,
+            4,
+            lambda scene, payload: _number_set(payload, len(payload) - 65, 65, edit),
+        )
+
+    yield z("z-larger", "z_7 is larger by 1", lambda old: old + 1)
+    yield z("z-too-large", "z_7 has a bit too many", lambda old: old | 1 << 513)
+
+    def hostile(
+        title: str,
+        about: str,
+        change: Edit2,
+        code: int = 4,
+        tried: bool = True,
+        command: str = OPEN_SUM,
+    ) -> Fault:
+        def make(scene: Scene) -> Changes:
+            file = "sum-3.release"
+            return {file: forging.released(scene, file, None, change)}
+
+        ledger = "job/carol.ledger" if tried else ""
+        return Fault(
+            f"result-{title}", f"{about}; a release of it", command, code, make, LATTICE, ledger
+        )
+
+    for title, about, value in (
+        ("zero", "is 0", lambda scene: 0),
+        ("n", "is N", lambda scene: scene.p * scene.q),
+        ("beyond", "is c + N", None),
+        ("multiple-of-q", "is q", lambda scene: scene.q),
+    ):
+
+        def make(scene: Scene, value: Callable[[Scene], int] | None = value) -> Changes:
+            def edit(found: Tensors) -> None:
+                new = (lambda old: value(scene)) if value else (lambda old: old + scene.p * scene.q)
+                _set_residue(found, scene.width, 0, 0, new)
+
+            return {"sum-3.release": forging.released(scene, "sum-3.release", None, edit)}
+
+        yield Fault(
+            f"result-c0-{title}", f"a c_0 of the result {about}; a release of it", OPEN_SUM, 3, make
+        )
+    yield hostile("word-too-large", "a word of the body is p_2", _words(1, 5), 3, False)
+    yield hostile("garbage", "the body is what nobody made", _garbage_body)
+    yield hostile("error", "an error beyond 64 U", _words_plus(300))
+    yield hostile("value", "a value beyond n e_max", _words_plus(3 << 28 + 21))
+    yield hostile("above", "something above the slots", _words_plus(1 << 28 + 24 * 7))
+    yield hostile(
+        "padding",
+        "a slot that is left over is not zero",
+        _words_plus(1 << 28 + 24 * 6, COEFFICIENTS - 1),
+    )
+    yield hostile("secret", "a secret beyond 64 U, in the blocks alone", _residue_plus(0, 1, 300))
+    yield hostile(
+        "secret-padding",
+        "the blocks hold more than the secret",
+        _residue_plus(GROUPS - 1, 7, 1 << 28 * 8),
+    )
+    yield hostile("block", "a block out of range", _residue_plus(1, 2, 1 << 252))
+    yield hostile("no-block", "a residue that does not open", _residue_times(1, 3))
+    evidence = f"{OPEN_SUM} --uploads {UPLOADS}"
+    unit = "one unit more than the sum of the uploads"
+    yield hostile("unit", unit, _words_plus(1 << 28), 4, False, evidence)
+    yield hostile(
+        "unit-verified",
+        unit,
+        _words_plus(1 << 28),
+        4,
+        False,
+        f"verify sum-3.release --key job/carol.key --uploads {UPLOADS}",
+    )
+    yield hostile(
+        "unit-without-key",
+        unit,
+        _words_plus(1 << 28),
+        4,
+        False,
+        f"verify sum-3.release --job job/job.json --uploads {UPLOADS}",
+    )
+    yield Fault(
+        "evidence-missing",
+        "one of the uploads is not given",
+        f"{OPEN_SUM} --uploads {UPLOADS}".replace(" bob-3.upload", ""),
+        4,
+        _no,
+    )
+    yield Fault(
+        "evidence-unrelated",
+        "an upload of another round is given besides",
+        f"{OPEN_SUM} --uploads alice-1.upload {UPLOADS}",
+        4,
+        _no,
+    )
+    yield Fault(
+        "evidence-initial-other",
+        "other initial weights are given",
+        OPEN_RECOMPUTED,
+        4,
+        lambda scene: {"w0.safetensors": tensors("w1", 0.5)},
+    )
+
+
+def attempts() -> Iterator[Fault]:
+    """What an earlier attempt to open forbids; carol has not opened sum-3."""
+
+    def fault(title: str, about: str, code: int, edit: Ledger, command: str = OPEN_SUM) -> Fault:
+        return Fault(f"tried-{title}", about, command, code, _ledger("carol", edit))
+
+    yield fault("another", "another result of the round was tried", 4, _tried(3))
+    yield fault(
+        "another-after-failure",
+        "another result was tried; --after-failure does not lift it",
+        4,
+        _tried(3),
+        f"{OPEN_SUM} --after-failure",
+    )
+    yield fault("failure", "an attempt of another round has failed", 5, _tried(2**32 - 1))
+    yield fault(
+        "failure-after-failure",
+        "the same, after --after-failure was used once",
+        5,
+        lambda entries: [_tried(2**31)(entries), _tried(2**32 - 1, True)(entries)],
+    )
+
+
 def jobs() -> Iterator[Fault]:
     def fault(title: str, about: str, code: int, edit: Edit, signer: str = "") -> Fault:
         def change(scene: Scene) -> Changes:
@@ -553,24 +1174,48 @@ def jobs() -> Iterator[Fault]:
 
         return Fault(f"job-h3-{title}", f"h_3 {about}; signed anew", JOB, 3, change)
 
-    def g(title: str, about: str, value: Callable[[Scene], int]) -> Fault:
+    def a3(title: str, about: str, value: Callable[[Scene], int]) -> Fault:
         def change(scene: Scene) -> Changes:
-            edit = put(g=f"{value(scene):x}")
+            def edit(body: Json) -> None:
+                body["A"][2] = f"{value(scene):x}"
+
             return {"job/job.json": scene.document("job/job.json", edit)}
 
-        return Fault(f"job-g-{title}", f"g {about}; signed anew", JOB, 3, change)
+        return Fault(f"job-a3-{title}", f"A_3 {about}; signed anew", JOB, 3, change)
+
+    def gamma(title: str, about: str, value: Callable[[Scene], int]) -> Fault:
+        def change(scene: Scene) -> Changes:
+            edit = put(gamma=f"{value(scene):x}")
+            return {"job/job.json": scene.document("job/job.json", edit)}
+
+        return Fault(f"job-gamma-{title}", f"gamma {about}; signed anew", JOB, 3, change)
 
     yield h3("zero", "is 0", lambda scene: 0)
     yield h3("one", "is 1", lambda scene: 1)
     yield h3("square", "is N^2", lambda scene: scene.square)
     yield h3("multiple-of-p", "is a multiple of p", lambda scene: 2 * scene.p)
-    yield g("one", "is 1", lambda scene: 1)
-    yield g("no-generator", "is 1 modulo p, and so generates too little", lambda s: 1 + s.p)
+    yield a3("zero", "is 0", lambda scene: 0)
+    yield a3("one", "is 1", lambda scene: 1)
+    yield a3("square", "is N^2", lambda scene: scene.square)
+    yield a3("multiple-of-q", "is a multiple of q", lambda scene: 2 * scene.q)
+    yield gamma("zero", "is 0", lambda scene: 0)
+    yield gamma("one", "is 1", lambda scene: 1)
+    yield gamma("n", "is N", lambda scene: scene.p * scene.q)
+    yield gamma("beyond", "is N + 4", lambda scene: scene.p * scene.q + 4)
+    yield gamma("multiple-of-p", "is p", lambda scene: scene.p)
+    yield gamma("no-generator", "is 1 modulo p, and so generates too little", lambda s: 1 + s.p)
     yield fault("n-even", "N is even", 3, lambda b: b.update(N=f"{int(b['N'], 16) - 1:x}"))
     yield fault("n-size", "N is 8 bits larger", 3, lambda b: b.update(N="1" + b["N"] + "1"))
     yield fault("n-leading-zero", "N with a leading zero", 3, lambda b: b.update(N="0" + b["N"]))
     yield fault("n-upper-case", "N in upper case", 3, _upper("N"))
     yield fault("h-six", "six h", 3, lambda b: b["h"].pop())
+    yield fault("a-six", "six A", 3, lambda b: b["A"].pop())
+    yield fault("a-eight", "eight A", 3, lambda b: b["A"].append(b["A"][0]))
+    yield fault("a-missing", "without A", 3, drop("A"))
+    yield fault("cipher-unknown", "a cipher that there is not", 3, put(cipher="lattices"))
+    yield fault("cipher-null", "no cipher", 3, put(cipher=None))
+    yield fault("cipher-missing", "without `cipher`", 3, drop("cipher"))
+    yield fault("g", "g in place of gamma", 3, lambda b: b.update(g=b.pop("gamma")))
     yield fault("security", "another size than that of N", 3, put(security="128"))
     yield fault("id-upper-case", "the id in upper case", 3, put(id="A" * 32))
     yield fault("slot-bits-2", "slots of 2 bits", 3, put(slot_bits=2, fraction_bits=0))
@@ -594,7 +1239,7 @@ def jobs() -> Iterator[Fault]:
         "hpke-short", "an HPKE key of 32 bytes", 3, _participant(0, hpke=_base64(bytes(32)))
     )
     yield fault("field-more", "with a field too many", 3, put(more=0))
-    yield fault("format", "of another version", 3, put(format="dtl/v2"))
+    yield fault("format", "of another version", 3, put(format="dtl/v3"))
     yield fault("signed-by-another", "not signed by its center", 4, put(), "server")
     yield Fault(
         "job-not-signed",
@@ -660,6 +1305,39 @@ def keys() -> Iterator[Fault]:
         "the participants' seed is not that of h",
         lambda s, b: b.update(participant_seed=_base64(bytes(32))),
     )
+    yield fault("audit-seed-missing", "without its audit seed", 3, drop("audit_seed"))
+    yield fault(
+        "audit-seed-short", "an audit seed of 31 bytes", 3, put(audit_seed=_base64(bytes(31)))
+    )
+    yield fault(
+        "participant-seed-wrong",
+        "the participants' seed is not that of h and A",
+        4,
+        put(participant_seed=_base64(bytes(32))),
+    )
+    yield Fault(
+        "key-server-seed-wrong",
+        "the server's seed is not that of A",
+        SUM,
+        4,
+        lambda scene: {
+            "job/server.key": scene.plain("job/server.key", put(server_seed=_base64(bytes(32))))
+        },
+    )
+    for field, owner, command in (
+        ("h", "alice", OPEN),
+        ("A", "alice", OPEN),
+        ("A", "server", SUM),
+        ("h", "kgc", AUDIT),
+        ("A", "kgc", AUDIT),
+    ):
+        yield Fault(
+            f"key-{owner}-{field.lower()}-other",
+            f"{field}_3 of the job is squared, the job signed anew, and the key pins it",
+            command,
+            4,
+            _pinned_anew(owner, field),
+        )
     yield boxed("passphrase", "a wrong passphrase", 5, put(), b"another one\n")
     yield boxed("changed", "the box has been changed", 4, _box_changed)
     yield boxed("more", "something more beside the three parts", 3, put(more=""))
@@ -687,6 +1365,31 @@ def ledgers() -> Iterator[Fault]:
     yield fault("empty", "nothing at all", lambda x: [])
     yield fault("event-unknown", "a linked line with an unknown event", _unknown_event)
     yield fault("field-more", "a linked line with a field too many", _linked_more)
+    for title, about, event, values in (
+        ("tried-flag", "a tried line that says 1 for true", "tried", {"after_failure": 1}),
+        ("tried-release", "a tried line whose release is no digest", "tried", {"release": None}),
+        ("tried-round", "a tried line of round 0", "tried", {"round": 0}),
+        ("tried-field-more", "a tried line with a field more", "tried", {"more": 0}),
+        ("open-kind", "an open line of kind release", "open", {"kind": "release"}),
+        ("open-content", "an open line without content", "open", {"content": None}),
+        ("open-opened", "an open line without V", "open", {"opened": None}),
+        (
+            "open-admitted",
+            "an open line that admits what is no name",
+            "open",
+            {"admitted": ["Bob"]},
+        ),
+        ("upload-opened", "an upload line whose `opened` is no digest", "upload", {"opened": ""}),
+        ("reveal-close", "a reveal line whose `close` is null", "reveal", {"close": None}),
+    ):
+        yield fault(title, about, _line_put(event, values))
+    for title, about, values in (
+        ("step-source", "a step line from nowhere", {"source": "none"}),
+        ("step-adopted-nobody", "a step line adopted from nobody", {"source": "adopt:"}),
+        ("step-sum", "a step line without a sum", {"sum": None}),
+        ("step-content", "a step line without content", {"content": None}),
+    ):
+        yield fault(title, about, _line_added(STEP | values))
     yield Fault(
         "ledger-of-another",
         "the ledger of another participant",
@@ -700,21 +1403,28 @@ def ledgers() -> Iterator[Fault]:
         "says that the same result was opened with another content",
         OPEN,
         4,
-        lambda scene: {name: _relinked(scene, "alice", _opened_other)},
+        lambda scene: {name: scene.relinked("alice", _opened_other)},
+    )
+    yield Fault(
+        "ledger-content-of-file-other",
+        "says that the same result was written with another content",
+        OPEN,
+        4,
+        _ledger("alice", _opened_put("content")),
     )
     yield Fault(
         "ledger-upload-accepted",
-        "says that another upload of alice's was accepted for round 1",
+        "says that another upload of alice's was accepted for round 3",
         SUM,
         5,
-        lambda scene: {"job/server.ledger": _relinked(scene, "server", _accepted_other)},
+        lambda scene: {"job/server.ledger": scene.relinked("server", _accepted_other)},
     )
     yield Fault(
         "ledger-closed",
-        "says that round 1 was closed without alice",
+        "says that round 3 was closed without alice",
         SUM,
         5,
-        lambda scene: {"job/server.ledger": _relinked(scene, "server", _closed_without)},
+        lambda scene: {"job/server.ledger": scene.relinked("server", _closed_without)},
     )
     yield Fault(
         "ledger-before-close",
@@ -726,9 +1436,9 @@ def ledgers() -> Iterator[Fault]:
     yield Fault(
         "ledger-released-other",
         "says that another result of the round was released",
-        "release-model sum-1.enc --key job/server.key -o out",
+        "release-model sum-3.enc --key job/server.key -o out",
         5,
-        lambda scene: {"job/server.ledger": _relinked(scene, "server", _released_other)},
+        lambda scene: {"job/server.ledger": scene.relinked("server", _released_other)},
     )
 
 
@@ -737,7 +1447,7 @@ def plain() -> Iterator[Fault]:
         def change(scene: Scene) -> Changes:
             return {"w0.safetensors": tensors("w0", 0.5, text=text(scene))}
 
-        return Fault(f"weights-{title}", about, ENCRYPT, code, change)
+        return Fault(f"weights-{title}", about, ENCRYPT_FIRST, code, change, DIRECT)
 
     def gradients(title: str, about: str, code: int, make: Callable[[bytes], bytes]) -> Fault:
         def change(scene: Scene) -> Changes:
@@ -758,16 +1468,17 @@ def plain() -> Iterator[Fault]:
     yield Fault(
         "weights-other-tensors",
         "other tensors than the gradients",
-        ENCRYPT,
+        ENCRYPT_FIRST,
         3,
         lambda scene: {"w0.safetensors": tensors("w0", 0.5, SPECS[:2])},
+        DIRECT,
     )
     yield Fault(
         "weights-headroom",
         "initial weights beyond what slot_bits allow",
         FIRST,
         7,
-        lambda scene: {"w0.safetensors": tensors("w0", 5.0)},
+        lambda scene: {"w0.safetensors": tensors("w0", 65.0)},
     )
     yield gradients(
         "nan", "NaN as the last value", 7, lambda x: x[:-8] + struct.pack("<d", float("nan"))
@@ -784,8 +1495,199 @@ def plain() -> Iterator[Fault]:
     yield gradients("empty", "no byte at all", 3, lambda x: b"")
 
 
+def bases() -> Iterator[Fault]:
+    """What an upload may be based on."""
+    model = "alice.model-2.safetensors"
+
+    def fault(
+        title: str,
+        about: str,
+        code: int,
+        command: str,
+        change: Callable[[Scene], Changes],
+        scene: str = LATTICE,
+    ) -> Fault:
+        return Fault(f"base-{title}", about, command, code, change, scene)
+
+    def weights(title: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
+        return fault(title, about, code, ENCRYPT, lambda scene: {model: make(scene)})
+
+    yield weights("content-other", "a value of the model was changed", 4, _weights_changed)
+    yield weights(
+        "opened-other", "the metadata says another V", 4, lambda s: _weights_put(s, opened=OTHER)
+    )
+    yield weights(
+        "not-opened",
+        "the metadata names a model that was not opened",
+        5,
+        lambda s: _weights_put(s, base=OTHER),
+    )
+    yield fault(
+        "not-opened-here",
+        "another participant opened the model",
+        5,
+        ENCRYPT.replace("model-2", "model-1").replace("job/alice", "job/dave"),
+        _no,
+    )
+    yield fault(
+        "initial-after-open",
+        "initial weights, after something was opened",
+        5,
+        ENCRYPT.replace(model, "w0.safetensors"),
+        _no,
+    )
+    yield fault(
+        "initial-other",
+        "other initial weights than before",
+        5,
+        ENCRYPT_FIRST,
+        lambda scene: {"w0.safetensors": tensors("w1", 0.5)},
+        DIRECT,
+    )
+    yield fault("second", "a second upload on a base", 5, AGAIN, _no)
+    yield fault(
+        "second-of-round",
+        "a second upload of a round",
+        5,
+        AGAIN.replace("--round 9", "--round 2 --accept-differencing"),
+        _no,
+    )
+    yield fault("round-past", "a round that is over", 2, ENCRYPT.replace("9", "2"), _no)
+    yield fault(
+        "round-missing", "no model and no round", 2, ENCRYPT_NAMED.replace("--round 9 ", ""), _no
+    )
+
+    def named(title: str, about: str, code: int, **values: object) -> Fault:
+        return fault(title, about, code, ENCRYPT_NAMED, _gradients_named(**values))
+
+    yield named("named-content-other", "gradients on another content", 4, content=OTHER)
+    yield named("named-content-missing", "gradients on an unknown content", 2, content=None)
+    yield named("named-opened-other", "gradients on another V", 4, opened=OTHER)
+    yield named("named-not-opened", "gradients on what was not opened", 5, base=OTHER)
+    yield named("named-kind", "not gradients", 3, kind="weights")
+    yield fault(
+        "model-and-gradients",
+        "the gradients name another base than --model",
+        3,
+        ENCRYPT,
+        _gradients_named(base=OTHER),
+    )
+    yield fault(
+        "model-and-content",
+        "the gradients name another content than --model",
+        3,
+        ENCRYPT,
+        _gradients_named(content=OTHER),
+    )
+
+    def sums(
+        title: str, about: str, code: int, command: str, change: Callable[[Scene], Changes]
+    ) -> Fault:
+        return Fault(f"step-{title}", about, command, code, change, DIRECT)
+
+    yield sums(
+        "missing",
+        "no step along the sum was taken",
+        5,
+        STEPPED,
+        lambda scene: {"job/alice.ledger": scene.cut("alice", "step")},
+    )
+    yield sums(
+        "model-other",
+        "not the model after the step",
+        4,
+        STEPPED,
+        _ledger("alice", _event_put("step", content=OTHER)),
+    )
+    yield sums(
+        "second", "another step along the sum was taken", 5, OWN_STEP, _ledger("bob", _step_other)
+    )
+    yield sums("no-sum", "no sum was opened", 5, OWN_STEP.replace("bob", "carol"), _no)
+    yield sums("round-past", "a round that is over", 2, f"{OWN_STEP} --round 1", _no)
+    yield sums(
+        "apply-sum-other",
+        "not the sum that was opened",
+        4,
+        APPLY,
+        _ledger("bob", _event_put("open", content=OTHER)),
+    )
+    yield sums(
+        "apply-not-opened",
+        "a sum that the owner has not opened",
+        5,
+        APPLY.replace("job/bob", "job/carol"),
+        _no,
+    )
+    yield sums(
+        "apply-model-other",
+        "not the pinned initial weights",
+        4,
+        APPLY,
+        lambda scene: {"w0.safetensors": tensors("w1", 0.5)},
+    )
+    yield sums(
+        "apply-model-unknown",
+        "the model before the sum is not in the ledger",
+        5,
+        APPLY,
+        _ledger("bob", _event_put("open", parent=OTHER)),
+    )
+
+
+def older() -> Iterator[Fault]:
+    """Files of version 1."""
+
+    def fault(name: str, command: str, make: Callable[[Scene], Changes]) -> Fault:
+        return Fault(f"older-{name}", "a file of version 1", command, 3, make)
+
+    v1 = put(format="dtl/v1")
+    for name, file, command in (
+        ("upload", A, SUM),
+        ("sum", "sum-3.enc", VERIFY_SUM),
+        ("model", "model-1.enc", MODEL_OUT),
+        ("release", "model-1.release", OPEN),
+    ):
+        yield fault(name, command, lambda scene, file=file: {file: scene.header(file, v1)})
+    for name, file, command in (
+        ("job", "job/job.json", JOB),
+        ("close", "round-2.close", REVEAL),
+        ("reveal", "bob-2.reveal", MODEL_OUT),
+    ):
+        yield fault(name, command, lambda scene, file=file: {file: scene.document(file, v1)})
+    key, ledger = "job/alice.key", "job/alice.ledger"
+    yield fault("key", OPEN, lambda scene: {key: scene.plain(key, v1)})
+    yield fault(
+        "ledger",
+        OPEN,
+        lambda scene: {ledger: scene.relinked("alice", lambda entries: v1(entries[0]))},
+    )
+    yield fault(
+        "weights",
+        ENCRYPT,
+        lambda scene: {"alice.model-2.safetensors": _weights_put(scene, format="dtl/v1")},
+    )
+    yield fault("gradients", ENCRYPT, _gradients_named(format="dtl/v1"))
+
+
 def all_faults() -> list[Fault]:
-    groups = (uploads, spellings, results, closing, releases, jobs, keys, ledgers, plain)
+    groups = (
+        uploads,
+        bodies,
+        direct,
+        spellings,
+        results,
+        closing,
+        closings,
+        releases,
+        proofs,
+        attempts,
+        jobs,
+        keys,
+        ledgers,
+        plain,
+        bases,
+        older,
+    )
     return [fault for group in groups for fault in group()]
 
 
@@ -830,7 +1732,7 @@ def _reshape(found: Tensors, shape: list[int]) -> None:
 
 
 def _cut(found: Tensors, width: int) -> None:
-    found["residues"] = [1, 8, width], found["residues"][1][: 8 * width]
+    found["residues"] = [GROUPS - 1, 8, width], found["residues"][1][: -8 * width]
 
 
 def _signed_as_model(scene: Scene, name: str) -> bytes:
@@ -889,7 +1791,7 @@ def _not_utf8(scene: Scene) -> bytes:
 
 
 def _unsorted() -> tuple[str, str]:
-    return '"dtype":"U8","shape":[1537]', '"shape":[1537],"dtype":"U8"'
+    return '"dtype":"U8","shape":[575]', '"shape":[575],"dtype":"U8"'
 
 
 def _upper_signature(scene: Scene) -> bytes:
@@ -987,47 +1889,28 @@ def _payload_cut(scene: Scene) -> bytes:
         (length,), data = found["sealed"]
         found["sealed"] = [length - 1], data[:-1]
 
-    return scene.tensors("model-2.release", edit)
-
-
-def _unsealed(scene: Scene, name: str) -> tuple[bytes, bytes, bytes]:
-    """(encryption key, core, payload) of a release."""
-    raw, found = scene.bulk(name)
-    header = ReleaseHeader.check(raw, name)
-    key = Key.load(scene.folder / "job/alice.key", scene.folder / "job/job.json", bytes)
-    shape = Job.load(scene.folder / "job/job.json").residue_shape(header.manifest.values)
-    core = sealed.release_core(header.manifest, header.names, shape, header.commit)
-    own = primitives.hpke_public_key(base64.b64decode(scene.key("alice")["hpke"]))
-    info = sealed.grant_info(core, "alice", own, key.job.server.sign)
-    secret = base64.b64decode(scene.key("alice")["hpke"])
-    content_key = primitives.hpke_unwrap(secret, header.grants[0].wrapped, info)
-    encryption_key, _ = sealed.content_keys(content_key)
-    return (
-        encryption_key,
-        core,
-        primitives.open_chunk(encryption_key, 0, True, found["sealed"][1], core),
-    )
+    return scene.tensors("model-1.release", edit)
 
 
 def _sealed_anew(index: int, last: bool) -> Callable[[Scene], bytes]:
     def make(scene: Scene) -> bytes:
-        key, core, payload = _unsealed(scene, "model-2.release")
+        key, core, payload = forging.unsealed(scene, "model-1.release")
         data = primitives.seal_chunk(key, index, last, payload, core)
         return scene.tensors(
-            "model-2.release", lambda found: found.update(sealed=([len(data)], data))
+            "model-1.release", lambda found: found.update(sealed=([len(data)], data))
         )
 
     return make
 
 
 def _admitted_again(scene: Scene) -> bytes:
-    """Dave was admitted in round 3, which alice has opened."""
+    """Dave was admitted in round 2, which alice has opened."""
 
     def edit(header: Json) -> None:
         _stranger(header)
         header["admitted"] = ["dave"]
 
-    return scene.header("model-2.release", edit)
+    return scene.header("model-1.release", edit)
 
 
 def _tiny(body: Json) -> None:
@@ -1040,7 +1923,7 @@ def _participant(index: int, **values: str) -> Edit:
 
 def _box(scene: Scene) -> bytes:
     """Alice's key under the passphrase, with a published salt."""
-    key = Key.load(scene.folder / "job/alice.key", scene.folder / "job/job.json", bytes)
+    key = scene.loaded_key("alice")
     public = canonical_json.dumps(key.pins.plain())
     salt = bytes(range(32))
     derived, commit = primitives._box_keys(PASSPHRASE.rstrip(b"\n"), salt)
@@ -1056,26 +1939,12 @@ def _box_changed(box: Json) -> None:
     box["sealed"] = _base64(bytes(data))
 
 
-def _entries(lines: list[bytes]) -> list[Json]:
-    found = [canonical_json.loads(line.rstrip(b"\n"), "") for line in lines]
-    for entry in found:
-        del entry["link"]
-    return found
-
-
-def _linked(entries: list[Json]) -> list[bytes]:
-    lines, link = [], ""
-    for entry in entries:
-        lines.append(ledger._line(entry, link))
-        link = ledger._link(entry, link)
-    return lines
-
-
-def _relinked(scene: Scene, name: str, edit: Callable[[list[Json]], object]) -> bytes:
-    """A ledger with edited entries and right links."""
-    entries = _entries(scene.lines(name))
-    edit(entries)
-    return b"".join(_linked(entries))
+def _unreleased(change: Callable[[Scene], Changes]) -> Callable[[Scene], Changes]:
+    """The server has not released the model of round 2 yet."""
+    return lambda scene: {
+        "job/server.ledger": scene.cut("server", "release", round=2),
+        **change(scene),
+    }
 
 
 def _before_close(lines: list[bytes]) -> bytes:
@@ -1092,38 +1961,305 @@ def _damaged(lines: list[bytes]) -> list[bytes]:
 
 
 def _unknown_event(lines: list[bytes]) -> list[bytes]:
-    return _linked([*_entries(lines), {"event": "closed", "round": 1}])
+    return linked([*entries_of(lines), {"event": "closed", "round": 1}])
 
 
 def _linked_more(lines: list[bytes]) -> list[bytes]:
-    entries = _entries(lines)
+    entries = entries_of(lines)
     entries[-1]["more"] = 0
-    return _linked(entries)
+    return linked(entries)
 
 
 def _opened_other(entries: list[Json]) -> None:
     for entry in entries:
-        if entry["event"] == "open" and entry["round"] == 2:
+        if entry["event"] == "open" and entry["round"] == 1:
             entry["opened"] = OTHER
 
 
 def _accepted_other(entries: list[Json]) -> None:
-    (entry,) = (e for e in entries if e["event"] == "aggregate" and e["round"] == 1)
+    (entry,) = (e for e in entries if e["event"] == "aggregate" and e["round"] == 3)
     entry["uploads"]["alice"] = OTHER
 
 
 def _closed_without(entries: list[Json]) -> None:
     (entry,) = (e for e in entries if e["event"] == "close" and e["round"] == 2)
-    (added,) = (e for e in entries if e["event"] == "aggregate" and e["round"] == 1)
+    (added,) = (e for e in entries if e["event"] == "aggregate" and e["round"] == 3)
     others = {name: digest for name, digest in added["uploads"].items() if name != "alice"}
-    entries.append(entry | {"round": 1, "uploads": others})
+    entries.append(entry | {"round": 3, "uploads": others})
 
 
 def _released_other(entries: list[Json]) -> None:
-    (entry,) = (e for e in entries if e["event"] == "release" and e["round"] == 1)
+    (entry,) = (e for e in entries if e["event"] == "release" and e["round"] == 3)
     entry["result"] = OTHER
 
 
 def _known(digest: str, kind: str = "weights") -> str:
-    metadata = {"base": digest, "format": "dtl/v2", "kind": kind, "opened": digest, "round": 0}
+    metadata = {
+        "base": digest,
+        "content": None,
+        "format": "dtl/v2",
+        "kind": kind,
+        "opened": digest,
+        "round": 0,
+    }
     return canonical_json.dumps(metadata).decode()
+
+
+# --- bodies and blocks
+
+
+def _resize(found: Tensors, more: int) -> None:
+    (length,), data = found["body"]
+    found["body"] = [length + more], (data + bytes(1))[: length + more]
+
+
+def _with_words(body: bytes, edit: Callable[[list[list[int]]], object]) -> bytes:
+    """A body of one polynomial with edited words."""
+    shape = SMALL_BODY
+    words = lattice.read_body(body, shape)
+    edit(words[0])
+    return _written(words[0])
+
+
+def _written(rows: list[list[int]]) -> bytes:
+    """Words as they lie in a file, whether they are below their primes or not."""
+    return lattice.write_body([rows])
+
+
+def _plus(number: int, coefficient: int = 0) -> Callable[[bytes], bytes]:
+    """Add a number to a coefficient."""
+
+    def edit(rows: list[list[int]]) -> None:
+        for row, prime in zip(rows, PRIMES, strict=True):
+            row[coefficient] = (row[coefficient] + number) % prime
+
+    return lambda body: _with_words(body, edit)
+
+
+def _word_set(prime: int, more: int) -> Callable[[bytes], bytes]:
+    """The second word modulo a prime is the prime, or larger."""
+
+    def edit(rows: list[list[int]]) -> None:
+        rows[prime][1] = PRIMES[prime] + more
+
+    return lambda body: _with_words(body, edit)
+
+
+def _words(prime: int, more: int) -> Edit2:
+    return lambda found: _change_body(found, _word_set(prime, more))
+
+
+def _words_plus(number: int, coefficient: int = 0) -> Edit2:
+    return lambda found: _change_body(found, _plus(number, coefficient))
+
+
+def _change_body(found: Tensors, edit: Callable[[bytes], bytes]) -> None:
+    shape, data = found["body"]
+    found["body"] = shape, edit(data)
+
+
+def _word_larger(found: Tensors) -> None:
+    _change_body(found, _plus(1))
+
+
+_plus_one = _words_plus(1 << 28)
+
+
+def _garbage_body(found: Tensors) -> None:
+    def edit(rows: list[list[int]]) -> None:
+        for number, row in enumerate(rows):
+            stream = forging.drawn(f"garbage {number}", 6 * len(row))
+            row[:] = [int.from_bytes(stream[6 * c : 6 * c + 6], "little") for c in range(len(row))]
+
+    _change_body(found, lambda body: _with_words(body, edit))
+
+
+def _proven_body(name: str, edit: Callable[[bytes], bytes]) -> Callable[[Scene], bytes]:
+    return lambda scene: forging.proven(scene, name, body=edit)
+
+
+def _proven_blocks(name: str, block: int, number: int) -> Callable[[Scene], bytes]:
+    return lambda scene: forging.proven(scene, name, blocks=_block_plus(block, number))
+
+
+def _proven_header(name: str, edit: Edit) -> Callable[[Scene], Changes]:
+    return lambda scene: {name: forging.proven(scene, name, header=edit)}
+
+
+def _block_plus(block: int, number: int) -> Callable[[list[int]], list[int]]:
+    return lambda blocks: [m + number * (t == block) for t, m in enumerate(blocks)]
+
+
+def _lifted(scene: Scene, name: str) -> int:
+    """The lift of c_0 of the third group."""
+    n = scene.p * scene.q
+    _, data = scene.bulk(name)[1]["residues"]
+    at = 16 * scene.width
+    return pow(int.from_bytes(data[at : at + scene.width], "little"), n, n * n)
+
+
+def _set_residue(
+    found: Tensors, width: int, group: int, k: int, edit: Callable[[int], int]
+) -> None:
+    shape, data = found["residues"]
+    at = (8 * group + k) * width
+    found["residues"] = shape, _number_set(data, at, width, edit)
+
+
+def _number_set(data: bytes, at: int, width: int, edit: Callable[[int], int]) -> bytes:
+    new = edit(int.from_bytes(data[at : at + width], "little"))
+    return data[:at] + new.to_bytes(width, "little") + data[at + width :]
+
+
+def _residue_set(
+    name: str, group: int, k: int, value: Callable[[Scene], int]
+) -> Callable[[Scene], Changes]:
+    return lambda scene: {name: scene.residue(name, group, k, lambda old: value(scene))}
+
+
+def _residue_plus(group: int, j: int, number: int) -> Edit2:
+    """Add to a block of a result; N is the published one."""
+    return lambda found: _set_residue(found, WIDTH, group, j, lambda c: c * (1 + number * N) % N**2)
+
+
+def _residue_times(group: int, j: int) -> Edit2:
+    return lambda found: _set_residue(found, WIDTH, group, j, lambda c: 2 * c % N**2)
+
+
+def _negated(scene: Scene, number: int) -> int:
+    return scene.square - number
+
+
+# --- releases, keys and ledgers
+
+
+def _short(field: str) -> Edit:
+    return lambda body: body.update({field: body[field][:-2]})
+
+
+def _upper_hex(header: Json) -> None:
+    header["result_signature"] = header["result_signature"].upper()
+
+
+def _signed_by_bob(scene: Scene) -> Edit:
+    def edit(header: Json) -> None:
+        of = bytes.fromhex(header["of"])
+        header["result_signature"] = primitives.sign(scene.secret("bob"), "model", of).hex()
+
+    return edit
+
+
+def _pinned_anew(owner: str, field: str) -> Callable[[Scene], Changes]:
+    def change(scene: Scene) -> Changes:
+        def edit(body: Json) -> None:
+            body[field][2] = f"{pow(int(body[field][2], 16), 2, scene.square):x}"
+
+        job = scene.document("job/job.json", edit)
+        digest = signed_digest("job", canonical_json.loads(job, ""))
+        key = f"job/{owner}.key"
+        return {"job/job.json": job, key: scene.plain(key, put(job=digest))}
+
+    return change
+
+
+def _ledger(name: str, edit: Ledger) -> Callable[[Scene], Changes]:
+    """A party's ledger with edited entries and right links."""
+    return lambda scene: {f"job/{name}.ledger": scene.relinked(name, edit)}
+
+
+def _tried(number: int, after_failure: bool = False) -> Ledger:
+    """One more line: another release of another result was tried."""
+    line = {
+        "event": "tried",
+        "round": number,
+        "result": OTHER,
+        "release": OTHER,
+        "after_failure": after_failure,
+    }
+    return lambda entries: entries.append(dict(line))
+
+
+def _gone_on(entries: list[Json]) -> None:
+    """A failure, and after it an attempt that opened."""
+    _tried(2**31)(entries)
+    opened = next(entry for entry in entries if entry["event"] == "open")
+    tried = next(e for e in entries if e["event"] == "tried" and e["result"] == opened["result"])
+    entries.append(tried | {"after_failure": True})
+
+
+def _tried_instead_of_reveal(entries: list[Json]) -> None:
+    at = _index(entries, "reveal", 2)
+    del entries[at:]
+    _tried(2)(entries)
+
+
+def _begun_anew(entries: list[Json]) -> None:
+    at = _index(entries, "reveal", 2)
+    (sent,) = (e for e in entries if e["event"] == "upload" and e["round"] == 2)
+    entries[at:] = [sent | {"round": 9}]
+
+
+def _index(entries: list[Json], event: str, number: int) -> int:
+    return next(i for i, e in enumerate(entries) if e["event"] == event and e["round"] == number)
+
+
+def _line_put(event: str, values: Json) -> Callable[[list[bytes]], list[bytes]]:
+    """The last line of an event with other values."""
+
+    def edit(lines: list[bytes]) -> list[bytes]:
+        entries = entries_of(lines)
+        [entry for entry in entries if entry["event"] == event][-1].update(values)
+        return linked(entries)
+
+    return edit
+
+
+def _line_added(entry: Json) -> Callable[[list[bytes]], list[bytes]]:
+    return lambda lines: linked([*entries_of(lines), entry])
+
+
+def _event_put(event: str, **values: object) -> Ledger:
+    def edit(entries: list[Json]) -> None:
+        for entry in entries:
+            if entry["event"] == event:
+                entry.update(values)
+
+    return edit
+
+
+def _opened_put(field: str) -> Ledger:
+    return _event_put("open", **{field: OTHER})
+
+
+def _step_other(entries: list[Json]) -> None:
+    (opened,) = (entry for entry in entries if entry["event"] == "open")
+    entries.append(STEP | {"sum": opened["result"], "source": "apply-sum"})
+
+
+# --- plain files
+
+
+def _weights_put(scene: Scene, **values: object) -> bytes:
+    """The opened model with other metadata."""
+    text, data = outer(scene.read("alice.model-2.safetensors"))
+    entries = json.loads(text)
+    metadata = json.loads(entries["__metadata__"]["dtl"]) | values
+    entries["__metadata__"]["dtl"] = canonical_json.dumps(metadata).decode()
+    return joined(json.dumps(entries).encode(), data)
+
+
+def _weights_changed(scene: Scene) -> bytes:
+    raw = scene.read("alice.model-2.safetensors")
+    return raw[:-1] + bytes([raw[-1] ^ 1])
+
+
+def _gradients_named(**values: object) -> Callable[[Scene], Changes]:
+    """Gradients that say what they are based on: the opened model, but for these values."""
+
+    def change(scene: Scene) -> Changes:
+        text, _ = outer(scene.read("alice.model-2.safetensors"))
+        known = json.loads(json.loads(text)["__metadata__"]["dtl"])
+        metadata = known | {"kind": "gradients"} | values
+        return {"alice.grads": tensors("alice", 0.1, text=canonical_json.dumps(metadata).decode())}
+
+    return change
