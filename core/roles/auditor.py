@@ -26,6 +26,7 @@ from dtl.core.files.key_file import Key, KgcSecrets
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensor_writer import TensorWriter, check_suffix
 from dtl.core.files.tensors import PlainMetadata, VectorDigest
+from dtl.core.lattice.parameters import BOUND, MAX_UPLOADS
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import releases, uploads
 from dtl.core.public.uploads import Upload
@@ -227,9 +228,42 @@ class _Auditor:
         verdict.facts["malformed_groups"] = malformed
         if malformed:
             verdict.problems.append(f"malformed groups: {ranges(malformed)}")
+        if isinstance(header, UploadHeader) and not decoding.good:
+            decoding, measured = self._judge_pad(subject, decoding, measured, verdict)
         self._judge_masks(header, decoding, verdict)
         self._judge_values(header, decoding, measured, verdict)
         return verdict
+
+    def _judge_pad(
+        self, subject: _Subject, strict: Decoding, measured: Measurement, verdict: Verdict
+    ) -> tuple[Decoding, Measurement]:
+        """Tell a secret or errors beyond their bound from an upload that does not open at all.
+
+        What opens where the widest bound is allowed was made with coefficients out of range.
+        Returns what to judge the rest of the upload by.
+        """
+        if not self._job.codec.body_bytes(subject.header.values):
+            return strict, measured
+        wide, values = (
+            self._decode(subject, [], MAX_UPLOADS),
+            Measurement(self._job, subject.header),
+        )
+        for integers in wide:
+            values.add(integers)
+        if wide.bad_groups:
+            return strict, measured
+        secret = strict.bad_groups
+        # With a secret out of range, the strict decoding says nothing of the errors.
+        errors = [] if secret else sorted({*strict.bad_polynomials} - {*wide.bad_polynomials})
+        if secret:
+            verdict.facts["secret_out_of_range"] = secret
+            verdict.problems.append(f"the secret is beyond +-{BOUND} in groups {ranges(secret)}")
+        if errors:
+            verdict.facts["errors_out_of_range"] = errors
+            verdict.problems.append(
+                f"errors are beyond +-{BOUND} in polynomials {ranges(errors)} of the body"
+            )
+        return wide, values
 
     def _write_plaintext(
         self,
@@ -269,13 +303,21 @@ class _Auditor:
             verdict.problems.append(problem + doubt)
         return verdict
 
-    def _decode(self, subject: _Subject, malformed: list[int]) -> Decoding:
-        """The integers of a file without its masks; groups that are not well-formed are noted."""
+    def _decode(
+        self, subject: _Subject, malformed: list[int], uploads_in_it: int | None = None
+    ) -> Decoding:
+        """The integers of a file without its masks; groups that are not well-formed are noted.
+
+        Secrets and errors may be as large as those of `uploads_in_it` uploads, by default as
+        many as are in the file.
+        """
         header, body = subject.header, subject.body
+        if uploads_in_it is None:
+            uploads_in_it = header.uploads if isinstance(header, ResultHeader) else 1
         return self._job.codec.decode(
             bytes.fromhex(self._job.digest),
             header.values,
-            header.uploads if isinstance(header, ResultHeader) else 1,
+            uploads_in_it,
             self._open(subject, malformed),
             body.read if body else None,
             self._mask_keys(header),
@@ -289,7 +331,7 @@ class _Auditor:
         rows = subject.container.rows(RESIDUES)
         pieces = spans(self._job.codec.groups(subject.header.values), AUDIT_GROUPS)
         common = (self._job.public_key, self._trapdoor, self._exponents, rows)
-        tasks = ((*common, *piece) for piece in pieces)
+        tasks = ((*common, *piece, str(subject.path)) for piece in pieces)
         step = f"open {subject.path.name}"
         # The strong trapdoor's powers are gmpy2's.
         for blocks, bad in self._work.map(step, _open_chunk, tasks, len(pieces), kernel=False):
@@ -430,13 +472,17 @@ def _open_chunk(
     rows: Rows,
     first: int,
     count: int,
+    what: str,
 ) -> tuple[Bytes, list[int]]:
     """Strongly opened blocks [G, 7, block width], and the groups that are not well-formed.
 
     The audit check of a group: (c_j (1 + m_j N)^-1)^2 = lift(c_0)^(2 (a_j + b_j)).
     """
     residues = uploads.read_groups(key, rows, first, count)
-    scheme.check(key, residues)
+    try:
+        scheme.check(key, residues)
+    except FormatError as error:
+        raise FormatError(f"{what}: {error.message}") from None
     blocks = scheme.strong_open(trapdoor, residues[:, 1:])
     good = scheme.well_formed(key, residues, blocks, exponents)
     malformed = [first + int(index) for index in np.flatnonzero(~good)]
