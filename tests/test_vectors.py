@@ -187,7 +187,9 @@ def test_the_second_implementation_agrees_on_several_polynomials(
             (folder / f"{name}.grads").write_bytes(scenarios.tensors(name, 4.0, specs))
             words = f"{name}.grads --key job/{name}.key --round 1 -o {name}-1.upload"
             dtl("encrypt-grads", *words.split())
-        dtl(*["aggregate", "a-1.upload", "b-1.upload", "--key", "job/server.key", "-o", "sum-1.enc"])
+        dtl(
+            *["aggregate", "a-1.upload", "b-1.upload", "--key", "job/server.key", "-o", "sum-1.enc"]
+        )
         dtl(*["release-model", "sum-1.enc", "--key", "job/server.key", "-o", "sum-1.release"])
         dtl(*["open-model", "sum-1.release", "--key", "job/a.key", "-o", "a.sum-1.safetensors"])
 
