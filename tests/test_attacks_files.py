@@ -19,8 +19,7 @@ from dtl.core.crypto.residues import Bytes, from_integers, to_integers
 from dtl.core.files.container import BODY, PROOF, RESIDUES, SEALED, Container
 from dtl.core.files.ledger import Ledger, OpenEntry
 from dtl.core.public import releases, results, uploads
-from dtl.core.roles.participant import planning, producing
-from dtl.core.roles.server import accepting
+from dtl.core.roles.participant import producing
 from tests.forging import Statement, header_of, tensors_of, write
 from tests.helpers import THREE, Round, random_arrays, residues_of
 
@@ -118,7 +117,7 @@ def test_an_upload_that_changes_after_its_proof_was_checked(
         return
     mapped, place = Mapped(made[0]), place_of(made[0], tensor)
     ledger = (round_.keys / "server.ledger").read_bytes()
-    after(monkeypatch, accepting.uploads, "check_proof", lambda: mapped.flip(place))
+    after(monkeypatch, uploads, "check_proof", lambda: mapped.flip(place))
     command = ("aggregate", *made, "--key", round_.key("server"), "-o", round_.folder / "x.enc")
     error = round_.dtl(*command, code=3).err
     assert "the file changed while it was read" in error
@@ -334,7 +333,7 @@ def test_r_has_its_full_width(round_: Round, monkeypatch: pytest.MonkeyPatch) ->
         seen.append(derive(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(planning.one_time, "derive_one_time", noted)
+    monkeypatch.setattr(one_time, "derive_one_time", noted)
     numbers = to_integers(residues_of(round_.upload("alice", random_arrays(1))))
     groups, key = round_.job.codec.groups(335), round_.job.public_key
     stream = primitives.keystream(seen[0].randomness, 0, groups * 32)
@@ -376,7 +375,7 @@ def test_the_witness_of_an_upload_is_not_its_randomness(
         seen.append(derive(*arguments))
         return seen[-1]
 
-    monkeypatch.setattr(planning.one_time, "derive_one_time", noted)
+    monkeypatch.setattr(one_time, "derive_one_time", noted)
     for number in (1, 2):
         round_.upload("alice", random_arrays(1), "--round", number, out=str(number))
     keys = [getattr(k, name) for k in seen for name in ("secret", "error", "randomness", "witness")]
