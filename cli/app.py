@@ -65,7 +65,7 @@ app = typer.Typer(
 
 def _add(panel: str, function: Callable[..., None], example: str, **settings: bool) -> None:
     name = function.__name__.replace("_", "-")
-    shown = example.replace("[", r"\[")  # no markup: an example stands as it is written
+    shown = example.replace("[", r"\[")  # no markup: an example is shown as it is written
     command = app.command(name, epilog=shown, rich_help_panel=panel, context_settings=settings)
     command(_sparing_inputs(function))
 

@@ -76,7 +76,7 @@ def audit(
     if discarded and not key.exists():
         raise NotAllowedError(
             f"{key}: there is no such key",
-            "a job made with --discard-master cannot be audited, by nobody and never",
+            "a job made with --discard-master can never be audited",
         )
     opened = options.open_key(key, job, passphrase_file)
     wanted = auditor.AuditOptions(model, reveals or (), plaintext, unsigned, force)

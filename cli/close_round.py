@@ -1,4 +1,4 @@
-"""`dtl close-round`: the server goes on without those who are missing."""
+"""`dtl close-round`: the server continues without the missing participants."""
 
 from pathlib import Path
 from typing import Annotated

@@ -33,7 +33,8 @@ def keygen(
         int, typer.Option(help="2048 or 3072; smaller with --insecure.")
     ] = defaults.MODULUS_BITS,
     slot_bits: Annotated[
-        int, typer.Option(help="Bits of an encrypted value.")
+        int,
+        typer.Option(help="Bits of a value; weights are within 2^(slot bits - fraction bits - 2)."),
     ] = defaults.SLOT_BITS,
     fraction_bits: Annotated[
         int, typer.Option(help="Bits after the binary point.")

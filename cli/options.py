@@ -1,4 +1,4 @@
-"""Options that several commands share, and what they stand for."""
+"""Options that several commands share, and what they mean."""
 
 import sys
 import termios
@@ -35,7 +35,8 @@ JobOption = Annotated[
     typer.Option(
         "--job",
         envvar="DTL_JOB",
-        help="The public job file; by default job.json in the folder of the key.",
+        help="The public job file; by default job.json in the folder of the key, or of "
+        "FILE without a key.",
         show_default=False,
     ),
 ]
@@ -180,7 +181,7 @@ class Output:
         address: str | None = None,
         secrets_to_workers: bool = False,
     ) -> Iterator[Work]:
-        """Work on so many cores, or on a cluster, with progress shown."""
+        """Work on this number of cores, or on a cluster, and show progress."""
         if backend is BackendName.LOCAL:
             if address is not None or secrets_to_workers:
                 raise UsageError("--cluster, --secrets-to-workers: only with --backend dask")
@@ -205,7 +206,7 @@ def job_path(job: Path | None, key: Path) -> Path:
 
 
 def open_key(key: Path, job: Path | None, passphrase_file: Path | None) -> "Key":
-    """Read the key file, held against its job."""
+    """Read the key file, and check it against its job."""
     from dtl.core.files.key_file import Key
 
     return Key.load(key, job_path(job, key), passphrase(passphrase_file))

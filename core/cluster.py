@@ -77,8 +77,11 @@ class Cluster:
 
     @property
     def threads(self) -> int:
-        """How many tasks run at once."""
-        return max(1, sum(self._workers().values()))
+        """How many tasks run at once; DtlError when the scheduler is gone."""
+        try:
+            return max(1, sum(self._workers().values()))
+        except OSError:
+            raise self._gone() from None
 
     def _workers(self) -> dict[str, int]:
         """The threads of the workers that tasks may go to."""
@@ -127,7 +130,10 @@ class Cluster:
             hint = _SHARED if isinstance(error, UsageError) else error.hint
             raise DtlError(f"{self.address}: on a worker: {error.message}", hint) from None
         except (FutureCancelledError, OSError):
-            raise DtlError(f"{self.address}: the scheduler does not answer any more") from None
+            raise self._gone() from None
+
+    def _gone(self) -> DtlError:
+        return DtlError(f"{self.address}: the scheduler does not answer any more")
 
 
 @contextmanager

@@ -82,13 +82,15 @@ class Work:
         workers = self.workers or default_workers()
         threads = threads or (kernel_name() == NATIVE and kernel)
         cluster = self.cluster
+        if cluster is not None and total < 2:
+            cluster = None  # nothing to share out
         if cluster is not None and not (public or cluster.secrets):
             logger.warning(
                 "%s: stays on this machine, as it needs a secret (--secrets-to-workers)", step
             )
             cluster = None
         results: Iterator[Result]
-        if cluster is not None and total > 1:
+        if cluster is not None:
             results = _in_order(cluster.submit, function, tasks, cluster.threads)
         elif workers == 1 or total < (2 if threads else serial_below):
             results = (function(*task) for task in tasks)

@@ -3,7 +3,7 @@
 import hashlib
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from dtl.core.files import canonical_json, sealed
 from dtl.core.files.container import BODY, RESIDUES, Container, file_digest, tensor_tree
 from dtl.core.files.headers import ResultHeader
 from dtl.core.files.job_file import Job
+from dtl.core.files.key_file import Key
 from dtl.core.files.safetensors import build_header
 from tests.helpers import Round, residues_of
 
@@ -230,6 +231,34 @@ class Server:
         body = make_body(self.job, header["values"]) if body is None else body
         tensors = {RESIDUES: residues} | ({BODY: body} if len(body) else {})
         return Forged(self, header, tensors, self.half_opened(residues), self.job.names)
+
+
+@dataclass(frozen=True)
+class Held(Key):
+    """A participant's key with a half of the test's choice."""
+
+    own: tuple[int, ...] = ()
+
+    @property
+    def half(self) -> tuple[int, ...]:
+        return self.own
+
+
+def held(key: Key, half: tuple[int, ...], job: Job | None = None) -> Held:
+    """The key with another half, and of another job."""
+    given = {item.name: getattr(key, item.name) for item in fields(Key)}
+    return Held(**given | {"job": job or key.job}, own=half)
+
+
+class _Untouchable(Held):
+    @property
+    def half(self) -> tuple[int, ...]:
+        raise AssertionError("half b was used")
+
+
+def untouchable(key: Key) -> Key:
+    """The key, whose half nobody may look at."""
+    return _Untouchable(**{item.name: getattr(key, item.name) for item in fields(Key)})
 
 
 def sum_header(job: Job, values: int, **changes: Any) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A job and its parties through the command line, from fixed primes."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ PRIMES = {
     ),
 }
 THREE = ("alice", "bob", "carol")
+CIPHERS = ("lattice", "direct")
+ONE = 2**16  # the integer that stands for 1.0, by default
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -134,6 +136,14 @@ class Round:
         self.dtl("open-model", release, "--key", self.key(name), "-o", path, *options, code=code)
         assert path.exists() == (before or code == 0)
         return path
+
+    def open_all(self, release: Path, names: Iterable[str] = (), *, out: str) -> Path:
+        """Everybody opens a release, by default all of the job: to the same bytes."""
+        found: set[bytes] = set()
+        for name in names or self.names:
+            found.add(self.open(release, name, "--force", out=out).read_bytes())
+        assert len(found) == 1
+        return self.folder / out
 
     def opened(self, release: Path, name: str) -> Arrays:
         path = self.open(release, name, "--force")

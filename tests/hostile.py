@@ -56,7 +56,9 @@ def again(
     """A file with a changed header or changed tensors, signed anew."""
     header, found = read(path)
     secret = round_.opened_key(signer).secrets.sign
-    return write(round_.folder / out, {**header, **(changes or {})}, found | (tensors or {}), secret)
+    return write(
+        round_.folder / out, {**header, **(changes or {})}, found | (tensors or {}), secret
+    )
 
 
 def forget(round_: Round, name: str = "server") -> None:

@@ -20,7 +20,7 @@ from dtl.core.errors import DtlError, UsageError
 from dtl.core.files.container import RESIDUES, Container, Rows
 from dtl.core.parallel import Work
 from dtl.core.roles import server
-from tests.helpers import Arrays, Cli, Round, random_arrays
+from tests.helpers import THREE, Arrays, Cli, Round, random_arrays
 from tests.network import make_certificate
 
 NewRound = Callable[..., Round]
@@ -99,11 +99,17 @@ class Counting:
         return self._cluster.submit(function, task)
 
 
+SHARED = {"direct": ("multiply", 20_000, 6), "lattice": ("add", 500_000, 4)}
+"""By cipher: the step that a cluster shares out, values for several tasks, and how many."""
+
+
+@pytest.mark.parametrize("cipher", SHARED)
 def test_a_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(
-    new_round: NewRound, tmp_path: Path
+    new_round: NewRound, tmp_path: Path, cipher: str
 ) -> None:
-    round_ = new_round(masks=True)
-    uploads = round_.uploads({name: many_values(i) for i, name in enumerate(round_.names)})
+    shared, values, tasks = SHARED[cipher]
+    round_ = new_round(THREE, "--cipher", cipher, masks=True)
+    uploads = round_.uploads({name: many_values(i, values) for i, name in enumerate(round_.names)})
     local = round_.aggregate(uploads, out="local.enc")
     key, again = round_.opened_key("server"), tmp_path / "cluster.enc"
     with cluster_of(tmp_path) as (address, workers), connect(address, False) as cluster:
@@ -111,7 +117,7 @@ def test_a_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(
 
         def kill_one(step: str, done: int, total: int | None) -> None:
             # When the first results are there, others are begun or done on both workers.
-            if step == "multiply" and 0 < done < (total or 0) and not killed:
+            if step == shared and 0 < done < (total or 0) and not killed:
                 os.kill(workers[0], signal.SIGKILL)
                 killed.append(step)
 
@@ -120,20 +126,28 @@ def test_a_cluster_gives_the_same_bytes_even_when_a_worker_is_killed(
         server.aggregate(key, uploads, again, server.Round(), work=work)
         assert killed
         assert cluster.threads == 1  # the other worker did it
-        groups = round_.job.groups(20_000)
-        assert counting.tasks >= -(-groups // 128)
+        assert counting.tasks >= tasks
     assert again.read_bytes() == local.read_bytes()
 
 
+@pytest.mark.parametrize("cipher", SHARED)
 def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
-    new_round: NewRound, tmp_path: Path
+    new_round: NewRound, tmp_path: Path, cipher: str
 ) -> None:
-    round_ = new_round(masks=True)
+    round_ = new_round(THREE, "--cipher", cipher, masks=True)
     given = {name: many_values(i) for i, name in enumerate(round_.names)}
     job = ("--job", round_.keys / "job.json")
     with cluster_of(tmp_path, DASK_DISTRIBUTED__WORKER__MEMORY__SPILL="False") as (address, _):
         dask = ("--backend", "dask", "--cluster", address)
-        uploads = round_.uploads(given, *dask, "--secrets-to-workers")
+        secret = (*dask, "--secrets-to-workers")
+        for number, name in enumerate(given):
+            grads = round_.save("g.safetensors", given[name])
+            encrypt = ("encrypt-grads", grads, "--key", round_.key(name), "--round", 1)
+            # Without the word, nothing of it leaves; then the rest goes to workers.
+            options = dask if number == 0 else secret
+            told = round_.dtl(*encrypt, *options, "-o", round_.folder / f"{name}.upload")
+            assert ("encrypt: stays on this machine" in told.err) == (number == 0)
+        uploads = [round_.folder / f"{name}.upload" for name in given]
         result = round_.aggregate(uploads, *dask)
         found = round_.dtl("verify", result, *job, "--uploads", *uploads, *dask, "--json").json
         assert found["product"].startswith("recomputed")
@@ -141,12 +155,16 @@ def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
         kept = round_.dtl(
             "release-model", result, "--key", round_.key("server"), "-o", release, *dask
         )
-        assert "apply the server's half: stays on this machine" in kept.err
-        sent = round_.dtl(
-            *("open-model", release, "--key", round_.key("alice"), *dask, "--secrets-to-workers"),
-            *("-o", tmp_path / "opened.safetensors"),
-        )
-        assert "stays on this machine" not in sent.err
+        # With the lattice cipher, there is but one task.
+        alone = "apply the server's half: stays on this machine" in kept.err
+        assert alone == (cipher == "direct")
+        opened = [tmp_path / f"{name}.safetensors" for name in ("kept", "sent")]
+        for path, options in zip(opened, (dask, secret), strict=True):
+            told = round_.dtl(
+                *("open-model", release, "--key", round_.key("alice"), "-o", path, *options)
+            )
+            assert ("stays on this machine" in told.err) == (options is dask)
+        assert opened[0].read_bytes() == opened[1].read_bytes()
         # What is wrong on a worker is reported as if it had been found here.
         broken = tmp_path / "broken.upload"
         data = bytearray(uploads[0].read_bytes())
@@ -154,7 +172,7 @@ def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
         broken.write_bytes(data)
         round_.dtl("verify", broken, *job, *dask, code=4)
         with connect(address, False) as cluster:
-            lost = cluster.submit(Rows(Path("/only-here/x"), 0, 1, ()).read, (0, 1))
+            lost = cluster.submit(Rows(Path("/only-here/x"), 0, 1, 1, bytes(32)).read, (0, 1))
             with pytest.raises(DtlError, match="on a worker: /only-here/x: no such file"):
                 lost()
             # What fails in a task is no failure of the connection.
@@ -227,7 +245,7 @@ def test_a_cluster_that_is_gone_is_an_error_soon(
 ) -> None:
     for name in ("LOOK_SECONDS", "CONNECT_SECONDS"):
         monkeypatch.setattr(f"dtl.core.cluster.{name}", 2)
-    round_ = new_round(masks=True)
+    round_ = new_round(THREE, "--cipher", "direct", masks=True)
     uploads = round_.uploads({name: many_values(i) for i, name in enumerate(round_.names)})
     key, output = round_.opened_key("server"), tmp_path / "cluster.enc"
     with cluster_of(tmp_path) as (address, workers), connect(address, False) as cluster:

@@ -326,7 +326,9 @@ def test_after_a_failure_only_the_same_file_until_somebody_says_so(new_round: Ne
     round_.open(good, "alice", "--after-failure")
     tried = [line for line in lines(round_, "alice") if line["event"] == "tried"]
     assert [line["after_failure"] for line in tried] == [False, True]
-    round_.open(bad, "bob", "--after-failure", out="b.npz", code=4)  # there was no failure to go on after
+    round_.open(
+        bad, "bob", "--after-failure", out="b.npz", code=4
+    )  # there was no failure to go on after
     assert lines(round_, "bob")[-1]["after_failure"] is False
 
 
@@ -422,9 +424,7 @@ def test_a_release_names_the_result_inside_by_its_digest(
     def renamed(*arguments: Any) -> results.Result:
         return dataclasses.replace(original(*arguments), digest=A)
 
-    release = hostile_release(
-        round_, monkeypatch, sum_of(round_), results, "open_result", renamed
-    )
+    release = hostile_release(round_, monkeypatch, sum_of(round_), results, "open_result", renamed)
     refused(round_, release, "not the one that it names")
 
 
@@ -439,9 +439,7 @@ def test_the_result_inside_a_release_is_signed(
         found.container.signature = bytes(64)
         return found
 
-    release = hostile_release(
-        round_, monkeypatch, sum_of(round_), results, "open_result", unsigned
-    )
+    release = hostile_release(round_, monkeypatch, sum_of(round_), results, "open_result", unsigned)
     refused(round_, release, "the result inside: the signature does not verify")
 
 
@@ -855,7 +853,9 @@ def test_salts_content_keys_and_witnesses_are_fresh(
 # --- what the server accepts and gives out --------------------------------------------------------
 
 
-def aggregate_entry(number: int, uploads: dict[str, str], base: str | None = None) -> AggregateEntry:
+def aggregate_entry(
+    number: int, uploads: dict[str, str], base: str | None = None
+) -> AggregateEntry:
     return AggregateEntry(
         event="aggregate",
         round=number,
@@ -928,7 +928,10 @@ def test_a_round_that_is_known_is_not_closed(entry: Any) -> None:
 
 def test_one_result_of_a_round_and_of_a_base_is_released() -> None:
     ledger = hostile.ledger_of(release_entry(1, A, C))
-    for found, differencing in ((manifest_of(1, parent=D), True), (manifest_of(2, parent=C), False)):
+    for found, differencing in (
+        (manifest_of(1, parent=D), True),
+        (manifest_of(2, parent=C), False),
+    ):
         with pytest.raises(NotAllowedError):
             releasing._check_only_result(ledger, found, B, differencing)
         releasing._check_only_result(ledger, found, A, differencing)
@@ -1203,7 +1206,11 @@ def test_a_ledger_is_a_chain_and_the_pinned_one(new_round: NewRound) -> None:
     path = round_.keys / "alice.ledger"
     original = path.read_bytes()
     head, first, second = original.splitlines(keepends=True)
-    for changed in (head + second, head + second + first, head + first.replace(b'"round":1', b'"round":7')):
+    for changed in (
+        head + second,
+        head + second + first,
+        head + first.replace(b'"round":1', b'"round":7'),
+    ):
         path.write_bytes(changed)
         with pytest.raises(VerificationError):
             Ledger(round_.opened_key("alice"))
@@ -1330,7 +1337,9 @@ def test_a_container_has_one_spelling(new_round: NewRound) -> None:
     path = round_.upload("alice", random_arrays(1))
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
-    padded = (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :]
+    padded = (
+        (length + 8).to_bytes(8, "little") + data[8 : 8 + length] + b" " * 8 + data[8 + length :]
+    )
     path.write_bytes(padded)
     with pytest.raises(FormatError):
         Container(path)
@@ -1418,12 +1427,15 @@ def test_an_upload_is_masked_in_blocks_and_body(new_round: NewRound) -> None:
             rows = container.rows(RESIDUES)
             residues = read_groups(key, rows, 0, container.tensors[RESIDUES].shape[0])
             body = container.whole(BODY)
-        blocks = scheme.open_blocks(key, scheme.apply_half(key, scheme.apply_half(key, residues, a), b))
+        blocks = scheme.open_blocks(
+            key, scheme.apply_half(key, scheme.apply_half(key, residues, a), b)
+        )
         secret, fits = codec.packing.unpack(blocks.reshape(-1, blocks.shape[-1]), codec.ring.n)
         assert bool(fits.all()) is not masked
         # With the true secret, which the masks of the blocks hide:
         without = [
-            (-sign, mask) for sign, mask in basis.mask_keys(round_.opened_key("alice"), Basis(1, None, None))
+            (-sign, mask)
+            for sign, mask in basis.mask_keys(round_.opened_key("alice"), Basis(1, None, None))
         ]
         bare = masks.add_masks(blocks.reshape(-1, blocks.shape[-1]), without, 0, key.n)
         secret, fits = codec.packing.unpack(bare, codec.ring.n)
@@ -1478,7 +1490,7 @@ def test_a_manifest_that_is_not_that_of_the_uploads(new_round: NewRound) -> None
     header = hostile.read(round_.aggregate(uploads))[0]
     others = header["contributors"][:3]
     changes = {"contributors": others, "missing": ["d"]}
-    changes["contributions"] = {name: 1 for name in "abc"}
+    changes["contributions"] = dict.fromkeys("abc", 1)
     changed = hostile.again(round_, round_.folder / "result.enc", "x.enc", changes)
     job = ("--job", round_.keys / "job.json")
     round_.dtl("verify", changed, *job, "--uploads", *uploads[:3], code=4)
@@ -1497,9 +1509,11 @@ def test_a_bad_block_is_a_failure_of_its_own(new_round: NewRound) -> None:
     blocks = codec.packing.pack(np.zeros(codec.ring.n, np.int64), groups * 7)
     good = np.ones(groups, np.bool_)
     good[1] = False
-    body = door.arithmetic(codec.ring).encode_public(
-        np.zeros(9, np.int64), codec.shape(9), 0
-    ).tobytes()
+    body = (
+        door.arithmetic(codec.ring)
+        .encode_public(np.zeros(9, np.int64), codec.shape(9), 0)
+        .tobytes()
+    )
 
     def run(function: Any, tasks: Any, total: int) -> Any:
         return (function(*task) for task in tasks)

@@ -12,7 +12,7 @@ from dtl.core.crypto import residues
 from dtl.core.crypto.primitives import keystream
 from dtl.core.encoding.fixed_point import FixedPoint, Stochastic, nearest
 from dtl.core.encoding.packing import Packing
-from dtl.core.errors import NumericError, UsageError, VerificationError
+from dtl.core.errors import NumericError, UsageError
 from tests.helpers import PRIMES
 
 N = PRIMES[512][0] * PRIMES[512][1]
@@ -31,7 +31,9 @@ def test_packing_is_the_protocol_formula(bits: int, data: st.DataObject) -> None
     for number, found in enumerate(residues.to_integers(packed)):
         part = integers[number * packing.slots : (number + 1) * packing.slots]
         assert found == sum(e << (bits * i) for i, e in enumerate(part)) % N
-    assert packing.unpack(packed, len(integers)).tolist() == integers
+    unpacked, fits = packing.unpack(packed, len(integers))
+    assert unpacked.tolist() == integers
+    assert fits.tolist() == [True] * blocks
 
 
 def test_unpacking_adds_up_sums() -> None:
@@ -40,21 +42,30 @@ def test_unpacking_adds_up_sums() -> None:
     total = sum(residues.to_integers(packing.pack(row, 3))[0] for row in rows) % N
     block = residues.from_integers([total], 64)
     slots = packing.slots
-    assert packing.unpack(block, slots).tolist() == rows.sum(axis=0)[:slots].tolist()
+    found, fits = packing.unpack(block, slots)
+    assert found.tolist() == rows.sum(axis=0)[:slots].tolist()
+    assert fits.all()
 
 
 @pytest.mark.parametrize("value", [N // 2, 1 << 509, N - (1 << 509)])
-def test_a_block_out_of_range_is_refused(value: int) -> None:
-    with pytest.raises(VerificationError, match="range"):
-        Packing(N, 24).unpack(residues.from_integers([value], 64), 1)
+def test_a_block_out_of_range_is_noted_and_the_others_are_cut(value: int) -> None:
+    packing = Packing(N, 24)
+    good = residues.to_integers(packing.pack(np.arange(packing.slots), 1))[0]
+    blocks = residues.from_integers([good, value, good], 64)
+    found, fits = packing.unpack(blocks, 3 * packing.slots)
+    assert fits.tolist() == [True, False, True]
+    assert found[: packing.slots].tolist() == found[2 * packing.slots :].tolist()
+    assert found[: packing.slots].tolist() == list(range(packing.slots))
 
 
 def test_padding_must_be_zero() -> None:
     packing = Packing(N, 24)
     packed = packing.pack(np.array([1, 2, 3]), 2)
-    assert packing.unpack(packed, 3).tolist() == [1, 2, 3]
-    with pytest.raises(VerificationError, match="padding"):
-        packing.unpack(packed, 2)
+    found, fits = packing.unpack(packed, 3)
+    assert (found.tolist(), fits.tolist()) == ([1, 2, 3], [True, True])
+    assert packing.unpack(packed, 2)[1].tolist() == [False, True]
+    last = packing.pack(np.arange(packing.slots + 1), 2)
+    assert packing.unpack(last, packing.slots)[1].tolist() == [True, False]
 
 
 @given(

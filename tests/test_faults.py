@@ -16,8 +16,8 @@ import pytest
 from dtl.core.crypto import native
 from dtl.core.files import ledger
 from dtl.core.files.atomic import AtomicFolder, AtomicOutput, write_file
-from dtl.core.roles.participant import encrypting, preparing
-from tests.helpers import Round, random_arrays
+from dtl.core.roles.participant import producing
+from tests.helpers import THREE, Round, random_arrays
 
 NewRound = Callable[..., Round]
 # A shell's background jobs inherit that SIGINT is ignored; these commands must not.
@@ -28,7 +28,7 @@ DTL = [
     "from dtl.cli.app import main; main()",
 ]
 
-
+SLOW = (THREE, "--cipher", "direct")
 KERNELS = [
     "gmpy2",
     pytest.param(
@@ -65,7 +65,7 @@ def hidden(folder: Path) -> list[Path]:
 
 
 def test_a_kill_at_any_time_leaves_the_output_absent_or_complete(new_round: NewRound) -> None:
-    round_ = new_round()
+    round_ = new_round(*SLOW)
     arrays = {"x": np.random.default_rng(0).normal(0, 0.1, 40000).astype(np.float32)}
     uploads = [round_.upload(p, arrays) for p in round_.names]
     sums = round_.aggregate(uploads)
@@ -112,7 +112,7 @@ def test_a_kill_at_any_time_leaves_the_output_absent_or_complete(new_round: NewR
 def test_an_interrupted_command_cleans_up(
     new_round: NewRound, sig: signal.Signals, kernel: str
 ) -> None:
-    round_ = new_round()
+    round_ = new_round(*SLOW)
     arrays = {"x": np.ones(300_000 if kernel == "gmpy2" else 3_000_000, np.float32)}
     gradients = round_.save("g.safetensors", arrays)
     out = round_.folder / "u"
@@ -225,13 +225,16 @@ def test_a_crash_before_the_ledger_leaves_everything_as_it_was(
     round_.upload("alice", random_arrays(1))
 
 
-@pytest.mark.parametrize("step", ["_encrypt", "_prove"])
+@pytest.mark.parametrize(
+    ("cipher", "step"), [("lattice", "run"), ("direct", "run"), ("direct", "again")]
+)
 def test_gradients_that_change_while_they_are_read(
-    step: str, new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+    cipher: str, step: str, new_round: NewRound, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    round_ = new_round()
-    original = getattr(encrypting, step)
-    monkeypatch.setattr(preparing, "KEEP_BYTES", 0)  # as with many values: the file is read again
+    round_ = new_round(THREE, "--cipher", cipher)
+    original = getattr(producing._Encryption, step)
+    if cipher == "direct":
+        monkeypatch.setattr(producing, "KEEP_BYTES", 0)  # as with many values: it is read again
     arrays = random_arrays(1)
     path = round_.save("alice.grads.safetensors", arrays)
 
@@ -242,7 +245,7 @@ def test_gradients_that_change_while_they_are_read(
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encrypting, step, in_place)
+        patch.setattr(producing._Encryption, step, in_place)
         round_.upload("alice", arrays, code=3)
     assert not (round_.folder / "alice.upload").exists()
     round_.upload("alice", arrays)
@@ -394,7 +397,7 @@ def test_a_torn_line_is_cut_and_a_changed_one_is_not(new_round: NewRound) -> Non
 
 
 def test_workers_end_with_a_killed_command(new_round: NewRound) -> None:
-    round_ = new_round()
+    round_ = new_round(*SLOW)
     gradients = round_.save("g.safetensors", {"x": np.ones(1_000_000, np.float32)})
     out = round_.folder / "u"
     key = round_.key("alice")

@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from dtl.core.crypto import primitives
 from dtl.core.files import canonical_json
-from tests.helpers import Arrays, Round, random_arrays
+from tests.helpers import ONE, Arrays, Round, random_arrays
 
 NewRound = Callable[..., Round]
 SEVEN = ("a", "b", "c", "d", "e", "f", "g")
@@ -32,7 +32,7 @@ def reveal(round_: Round, name: str, closed: Path, code: int = 0, out: str = "")
 def exact_sum(given: dict[str, Arrays], names: str, count: int) -> Arrays:
     return {
         tensor: np.sum(
-            [np.rint(given[p][tensor].astype(np.float64) / count * 2**20) for p in names], axis=0
+            [np.rint(given[p][tensor].astype(np.float64) / count * ONE) for p in names], axis=0
         )
         for tensor in given[names[0]]
     }
@@ -53,8 +53,8 @@ def test_a_round_of_seven_goes_on_without_one_or_two(new_round: NewRound, missin
     opened = round_.opened(round_.release(model), present[0])
     expected = exact_sum(given, present, 7)
     for tensor, array in opened.items():
-        start = np.rint(random_arrays(90, 0.5)[tensor].astype(np.float64) * 2**20)
-        assert (array.astype(np.float64) * 2**20 == start - expected[tensor]).all()
+        start = np.rint(random_arrays(90, 0.5)[tensor].astype(np.float64) * ONE)
+        assert (array.astype(np.float64) * ONE == start - expected[tensor]).all()
     job = ("--job", round_.keys / "job.json")
     evidence = ("--uploads", *uploads, "--initial", w0, "--reveals", *reveals)
     found = round_.dtl("verify", model, *job, *evidence, "--json").json
@@ -74,7 +74,7 @@ def test_sums_and_plain_rounds_without_a_base(new_round: NewRound) -> None:
     result = round_.aggregate(uploads, "--close", closed, "--reveals", *reveals)
     opened = round_.opened(round_.release(result), "d")
     expected = exact_sum(given, "abd", 4)
-    assert all((opened[t].astype(float) * 2**20 == expected[t]).all() for t in opened)
+    assert all((opened[t].astype(float) * ONE == expected[t]).all() for t in opened)
 
 
 @pytest.mark.parametrize(

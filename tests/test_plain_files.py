@@ -23,7 +23,7 @@ def test_a_model_that_another_program_saved_again_is_noticed(new_round: NewRound
     again = round_.save("again.safetensors", load_file(opened))
     gradients = round_.save("g.safetensors", random_arrays(1))
     command = ("encrypt-grads", gradients, "--key", round_.key("d"), "-o", round_.folder / "x")
-    error = round_.dtl(*command, "--model", again, code=2).err
+    error = round_.dtl(*command, "--model", again, code=5).err
     assert "has opened round 1 already" in error
     assert "open-model wrote" in error
     round_.dtl(*command, "--model", opened)

@@ -15,6 +15,7 @@ import typer
 
 from dtl.cli import app
 from tests.helpers import Cli
+from tests.mutants.table import load, markdown
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -53,7 +54,11 @@ def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert scores[0] > 0.3
     assert scores[1] > 0.9
     assert "may open" in done.stdout
-    assert re.findall(r"^recomputed +(\w+)", done.stdout, re.M) == ["no"] * 4 + ["yes"] * 2
+    assert re.findall(r"^recomputed +(\w+)", done.stdout, re.M) == [
+        *["no"] * 4,  # alice; all for round 2
+        *("yes", "no"),  # bob with the uploads; dave
+        *["yes"] * 2,  # verify
+    ]
     assert re.search(r"^rounds recomputed +2 *$", done.stdout, re.M)
     verdicts = re.findall(r"^verdict +(\w+)", done.stdout, re.M)
     assert verdicts == ["good"] * 5
@@ -73,10 +78,12 @@ def test_the_simulation_runs_as_it_stands_but_shorter(tmp_path: Path) -> None:
         assert (tmp_path / "run" / name).is_file(), name
 
 
-def test_the_two_commands_are_make_targets() -> None:
+def test_every_make_target_that_is_named_is_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", shell_blocks()[0], re.M):
-        assert re.search(rf"^{target}:", makefile, re.M)
+    targets = set(re.findall(r"(?:^|`)make (\w+)", README + SECURITY, re.M))
+    assert {"demo", "test", "mutants"} <= targets
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.M), target
 
 
 def test_every_command_is_in_the_readme_and_helps_with_an_example(dtl: Cli) -> None:
@@ -124,6 +131,14 @@ def test_security_names_tests_that_exist() -> None:
             assert name in tests or (cut and any(t.startswith(name) for t in tests)), name
         else:
             assert any(t.endswith(name) for t in tests), name
+
+
+def test_the_table_of_defences_is_the_one_of_make_mutants() -> None:
+    _, _, rest = SECURITY.partition("<!-- mutants -->\n")
+    table, _, _ = rest.partition("\n<!-- /mutants -->")
+    assert table.strip() == markdown(load()).strip(), (
+        "python -m tests.mutants.run --table prints it"
+    )
 
 
 def test_the_changelog_begins_with_this_version() -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dtl.core.parallel import Work
-from tests.helpers import Round, random_arrays
+from tests.helpers import THREE, Round, random_arrays
 from tests.robustness.leaks import Needles
 
 NewRound = Callable[..., Round]
@@ -74,9 +74,9 @@ def test_a_ledger_that_is_a_link_is_refused(new_round: NewRound) -> None:
     round_.upload("alice", random_arrays(1), code=2)
 
 
-@pytest.mark.parametrize("kernel", ["gmpy2", "native"])
-def test_no_secret_stands_in_a_process_list(new_round: NewRound, kernel: str) -> None:
-    round_ = new_round(masks=True)
+@pytest.mark.parametrize(("kernel", "cipher"), [("gmpy2", "direct"), ("portable", "lattice")])
+def test_no_secret_stands_in_a_process_list(new_round: NewRound, kernel: str, cipher: str) -> None:
+    round_ = new_round(THREE, "--cipher", cipher, masks=True)
     needles = Needles.of_keys(round_.keys)
     gradients = round_.save("g.safetensors", {"x": np.ones(60_000, np.float32)})
     out = round_.folder / "u"
@@ -106,7 +106,7 @@ def test_no_secret_stands_in_a_process_list(new_round: NewRound, kernel: str) ->
             seen = b""
     assert process.returncode == 0
     assert not needles.find(seen)
-    assert looked or kernel == "native", "workers were seen"
+    assert looked or cipher == "lattice", "workers were seen"
 
 
 def _descendants(pid: int) -> list[int]:

@@ -57,7 +57,8 @@ def integers(arrays: Arrays, bits: int = 16) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("source", "cipher"), [("digits", "lattice"), ("digits", "direct"), ("breast_cancer", "lattice")]
+    ("source", "cipher"),
+    [("digits", "lattice"), ("digits", "direct"), ("breast_cancer", "lattice")],
 )
 def test_every_round_is_exact_by_independent_arithmetic(
     source: str, cipher: str, simulate: Simulate

@@ -203,10 +203,12 @@ def test_written_weights_and_sums_name_their_content_and_gradients_their_base(
         metadata = OPENED.model_copy(update={"kind": kind, "content": None})
         with unnamed_arrays(path, arrays, "F32", metadata) as unnamed:
             unnamed.output.commit()
-        _, known, content = load_arrays(path)
-        assert unnamed.content == content
+        loaded = load_arrays(path)
+        known = loaded.metadata
+        assert unnamed.content == loaded.content
+        assert loaded.initial == initial_digest(open_tensors(path))
         assert known is not None
-        assert known.content == (None if kind == "gradients" else content)
+        assert known.content == (None if kind == "gradients" else loaded.content)
 
 
 def test_initial_weights_name_base_opened_and_content(tmp_path: Path) -> None:

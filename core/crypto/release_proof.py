@@ -60,6 +60,13 @@ def _items(numbers: Bytes) -> list[bytes]:
     return [number.tobytes() for number in numbers]
 
 
+def _no_proof() -> VerificationError:
+    return VerificationError(
+        "the proof of the release does not hold",
+        "what the server sealed is not the signed result without its half",
+    )
+
+
 def half_opened_bytes(key: PublicKey, groups: int) -> int:
     """Bytes of c', [groups, 7, width]."""
     return groups * COMPONENTS * key.arithmetic.width
@@ -90,12 +97,16 @@ def base_product(key: PublicKey, residues: Bytes, rho: Bytes) -> int:
 def products(key: PublicKey, residues: Bytes, opened: Bytes, rho: Bytes) -> Products:
     """The products of some groups: c [G, 8, width], c' [G, 7, width], rho [G, 16].
 
-    Raises FormatError unless all of c and c' are valid (protocol, section 4): with a c_0 of
-    zero in one group, everything would pass.
+    All of c and c' must be valid (protocol, section 4): with a c_0 of zero in one group,
+    everything would pass. Raises FormatError for one of c, which anybody can see, and
+    VerificationError for one of c', which is the proof's matter (protocol, section 11.4).
     """
     arithmetic = key.arithmetic
     scheme.check(key, residues)
-    arithmetic.check(opened)
+    try:
+        arithmetic.check(opened)
+    except FormatError:
+        raise _no_proof() from None
     groups = residues.copy()
     groups[:, 1:] = arithmetic.product([residues[:, 1:], arithmetic.inverse(opened)])
     base, *quotients = to_integers(arithmetic.weighted_products(groups, rho))
@@ -155,10 +166,7 @@ def verify(
     `found` are the products of all groups, which also checks that they are valid.
     """
     if not _holds(key, core, of, opened_hash, found, proof):
-        raise VerificationError(
-            "the proof of the release does not hold",
-            "what the server sealed is not the signed result without its half",
-        )
+        raise _no_proof()
 
 
 def _holds(

@@ -231,6 +231,7 @@ class Conductor:
                     job = self._key.job
                     opened = uploads.open_upload(job, path, stack, self._work)
                     uploads.check_proof(job, opened, self._work)
+                    uploads.check_body(job, opened.body, opened.header.values, self._work)
             except DtlError as error:
                 if error.exit_code < FormatError.exit_code:
                     raise

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 
-from dtl.core.ciphers.cipher import Batch, Cipher, Reader
 from dtl.core.crypto import primitives, release_proof
 from dtl.core.crypto.group import COMPONENTS
 from dtl.core.crypto.residues import Bytes
@@ -152,23 +151,7 @@ def opened_pieces(job: Job, part: Sealed, groups: int) -> Iterator[tuple[int, By
 
 def check_body(job: Job, release: Release, work: Work) -> None:
     """Raise FormatError for a word of the body that is out of range."""
-    values, body = release.header.manifest.values, release.result.body
-    if body is None:
-        return
-    batches = job.codec.batches(values, work.lanes)
-    tasks = ((job.codec, values, batch, body.read, str(release.path)) for batch in batches)
-    done = work.map(
-        "check the body", _check_body, tasks, len(batches), public=True, threads=job.codec.threads
-    )
-    for _ in done:
-        pass
-
-
-def _check_body(codec: Cipher, values: int, batch: Batch, body: Reader, what: str) -> None:
-    try:
-        codec.check_body(values, batch, body)
-    except FormatError as error:
-        raise FormatError(f"{what}: {error.message}") from None
+    uploads.check_body(job, release.result.body, release.header.manifest.values, work)
 
 
 def check_release_proof(job: Job, part: Sealed, work: Work) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dtl.core.ciphers.cipher import spans
+from dtl.core.ciphers.cipher import Batch, Cipher, spans
 from dtl.core.crypto import proof, scheme
 from dtl.core.crypto.group import COMPONENTS, PublicKey
 from dtl.core.crypto.residues import Bytes, to_integers
@@ -106,6 +106,30 @@ def check_proof(job: Job, upload: Upload, work: Work, expected_proofs: int = 1) 
         proof.verify(key, found, _multiply(key, partial), expected_proofs)
     except VerificationError as error:
         raise VerificationError(f"{path}: {error.message}", error.hint) from None
+
+
+def check_body(job: Job, body: Rows | None, values: int, work: Work) -> None:
+    """Raise FormatError for a word of a body that is out of range.
+
+    Whoever adds bodies finds such a word as well. This is for those who must know before: who
+    closes a round with an upload cannot leave it out any more.
+    """
+    if body is None:
+        return
+    batches = job.codec.batches(values, work.lanes)
+    tasks = ((job.codec, values, batch, body) for batch in batches)
+    done = work.map(
+        "check the body", _check_words, tasks, len(batches), public=True, threads=job.codec.threads
+    )
+    for _ in done:
+        pass
+
+
+def _check_words(codec: Cipher, values: int, batch: Batch, body: Rows) -> None:
+    try:
+        codec.check_body(values, batch, body.read)
+    except FormatError as error:
+        raise FormatError(f"{body.path}: {error.message}") from None
 
 
 def _weigh(key: PublicKey, rows: Rows, rho: Bytes, first: int, count: int) -> list[int]:

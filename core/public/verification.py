@@ -111,6 +111,7 @@ def _gather(job: Job, evidence: Evidence, stack: ExitStack, work: Work) -> _Pool
 def _verify_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> dict[str, Any]:
     upload = uploads.open_upload(job, path, stack, work)
     uploads.check_proof(job, upload, work)
+    uploads.check_body(job, upload.body, upload.header.values, work)
     header = upload.header
     return {
         "digest": upload.digest,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-import xml.etree.ElementTree as ET  # noqa: S405  (pytest's own report)
+import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager

@@ -1,12 +1,12 @@
 """Uploads, sums, models and releases: containers and headers."""
 
-import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from tests.second import documents, encoding
+from tests.second import documents, encoding, lattice
 from tests.second.documents import HEADER, Job
 from tests.second.encoding import (
     digest_or_null,
@@ -17,27 +17,41 @@ from tests.second.encoding import (
     hashed,
     integer,
     require,
+    tree_hash,
 )
+from tests.second.group import Residues
+from tests.second.lattice import Body
 
+RESULT = "round parent initial contributors missing contributions layout values"
 KINDS = {
-    "upload": "round base roster masked layout values",
-    "sum": "round parent initial contributors missing contributions layout values",
-    "model": "round parent initial contributors missing contributions layout values",
-    "release": "round of manifest grants admitted commit",
-}
-TENSORS = {
-    "upload": ["proof", "residues"],
-    "sum": ["residues"],
-    "model": ["residues"],
-    "release": ["sealed"],
+    "upload": "round base roster masked opened_tag layout values",
+    "sum": RESULT,
+    "model": RESULT,
+    "release": "round of manifest result_signature grants admitted commit",
 }
 LONGEST_HEADER = 2**24
+CHUNK = 2**20
+MOST_UPLOADS = 2**21 - 1
 
 
 @dataclass
 class Tensor:
     shape: list[int]
     data: bytes
+
+
+def tensor_digest(name: str, data: bytes) -> bytes:
+    return tree_hash("dtl/v2/tensor", [name], data)
+
+
+def file_digest(raw: bytes, tensors: dict[str, Tensor]) -> bytes:
+    """The digest of a bulk file with this raw header."""
+    parts = [
+        part
+        for name in sorted(tensors)
+        for part in (name.encode(), tensor_digest(name, tensors[name].data))
+    ]
+    return hashed("dtl/v2/digest", raw, *parts)
 
 
 @dataclass
@@ -53,14 +67,27 @@ class Bulk:
     def kind(self) -> str:
         return str(self.header["kind"])
 
-    @property
+    @cached_property
     def digest(self) -> bytes:
-        parts = [
-            part
-            for name, tensor in self.tensors.items()
-            for part in (name.encode(), hashlib.sha512(tensor.data).digest())
-        ]
-        return hashed("dtl/v2/digest", self.raw, *parts)
+        return file_digest(self.raw, self.tensors)
+
+    @property
+    def result(self) -> "Bulk":
+        """The result that is inside a release."""
+        tensors = {name: item for name, item in self.tensors.items() if name != "sealed"}
+        manifest = self.header["manifest"]
+        signature = bytes.fromhex(self.header["result_signature"])
+        return Bulk(manifest, dumps(manifest), signature, tensors)
+
+    def residues(self, job: Job) -> Residues:
+        """Not checked yet."""
+        return job.group.residues(self.tensors["residues"].data)
+
+    def body(self, job: Job) -> Body:
+        """The words; none in a direct job."""
+        if not job.lattice:
+            return []
+        return lattice.read_body(self.tensors["body"].data, job.shape(self.header["values"]))
 
 
 def read_container(raw: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -73,12 +100,13 @@ def read_container(raw: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
     entries = encoding.loads(padded.rstrip(b" "))
     require(len(padded) - len(padded.rstrip(b" ")) < 8, 3, "too much padding")
     require(isinstance(entries, dict), 3, "not an object")
+    require(len(entries) <= 2**16, 3, "too many tensors")
     metadata = exactly(entries.pop("__metadata__", None), "dtl signature")
     tensors, at = {}, 8 + length
     for name in sorted(entries):
         entry = exactly(entries[name], "dtype shape data_offsets")
         require(entry["dtype"] == "U8", 3, "not U8")
-        require(isinstance(entry["shape"], list), 3, "no shape")
+        require(isinstance(entry["shape"], list) and len(entry["shape"]) <= 32, 3, "a shape")
         shape = [integer(size, 0, 2**63 - 1) for size in entry["shape"]]
         begin = at - 8 - length
         end = begin + prod(shape)
@@ -91,7 +119,7 @@ def read_container(raw: bytes) -> tuple[dict[str, str], dict[str, Tensor]]:
 
 
 def check_layout(layout: Any, values: Any) -> None:
-    require(isinstance(layout, list), 3, "no layout")
+    require(isinstance(layout, list) and len(layout) <= 2**16, 3, "no layout")
     found = []
     for entry in layout:
         exactly(entry, "name shape dtype")
@@ -134,9 +162,14 @@ def check_header(header: Any, kinds: tuple[str, ...]) -> None:
         digest_or_null(header["base"])
         from_hex(header["roster"], 64)
         require(type(header["masked"]) is bool, 3, "masked must be true or false")
+        tag = header["opened_tag"]
+        require((tag is None) == (header["base"] is None), 3, "a tag without a base, or none")
+        if tag is not None:
+            from_hex(tag, 16)
         check_layout(header["layout"], header["values"])
     elif kind == "release":
         from_hex(header["of"], 64)
+        from_hex(header["result_signature"], 64)
         check_header(header["manifest"], ("sum", "model"))
         same = all(header[field] == header["manifest"][field] for field in ("job", "round"))
         require(same, 3, "the release contradicts its manifest")
@@ -162,27 +195,44 @@ def read_form(path: Path, kinds: tuple[str, ...]) -> Bulk:
 
 
 def read(path: Path, job: Job, *kinds: str) -> Bulk:
-    """A bulk file whose form, job, signer, tensors and signature are right."""
+    """A bulk file whose form, job, signer, tensors and signatures are right."""
     found = read_form(path, kinds)
     header, kind = found.header, found.kind
     require(header["job"] == job.digest.hex(), 3, "of another job")
     if kind == "upload":
         require(header["signer"] in job.names, 3, "the signer is not in the roster")
     manifest = header["manifest"] if kind == "release" else header
-    require(list(found.tensors) == TENSORS[kind], 3, "other tensors")
-    groups = job.group.groups(manifest["values"])
-    shapes = {
-        "residues": [groups, 8, job.group.width],
-        "proof": [proof_length(job, groups)],
-        "sealed": [sealed_length(groups * 8 * job.group.width)],
-    }
-    for name, tensor in found.tensors.items():
-        require(tensor.shape == shapes[name], 3, f"{name} has another shape")
+    shapes = {name: tensor.shape for name, tensor in found.tensors.items()}
+    require(shapes == expected_shapes(job, kind, manifest["values"]), 3, "other tensors")
     documents.verify(job.sign[header["signer"]], kind, found.digest, found.signature)
-    if kind == "upload":
+    if kind == "release":
+        result = found.result
+        require(result.digest.hex() == header["of"], 4, "not the result that it names")
+        documents.verify(job.sign["server"], result.kind, result.digest, result.signature)
+    if kind != "upload":
+        require(uploads_in(manifest) <= MOST_UPLOADS, 7, "too many contributions")
+    else:
         require(header["roster"] == job.roster.hex(), 3, "of another roster")
         require(header["masked"] == job.body["masks"], 3, "masked, or not masked")
     return found
+
+
+def uploads_in(manifest: dict[str, Any]) -> int:
+    """U."""
+    return sum(manifest["contributions"].values())
+
+
+def expected_shapes(job: Job, kind: str, values: int) -> dict[str, list[int]]:
+    groups, width = job.groups(values), job.group.width
+    shapes = {"residues": [groups, 8, width]}
+    if job.lattice:
+        shapes["body"] = [job.shape(values).length]
+    if kind == "upload":
+        shapes["proof"] = [proof_length(job, groups)]
+    if kind == "release":
+        plain = 7 * groups * width + 14 * width + 7 * response_bytes(job)
+        shapes["sealed"] = [plain + 16 * -(-plain // CHUNK)]
+    return shapes
 
 
 def exponent_bits(job: Job, groups: int) -> int:
@@ -195,5 +245,6 @@ def proof_length(job: Job, groups: int) -> int:
     return 8 * width + -(-(exponent_bits(job, groups) + 1) // 8) + 7 * width // 2
 
 
-def sealed_length(plain: int) -> int:
-    return plain + 16 * -(-plain // 2**20)
+def response_bytes(job: Job) -> int:
+    """Bytes of z_j in the proof of a release."""
+    return -(-(job.group.ell + 257) // 8)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.second import bulk, documents, ledger, proof, releases, results, values
+from tests.second import auditing, bases, bulk, documents, ledger, proof, releases, results, values
 from tests.second.documents import Document, Job, Key
-from tests.second.encoding import dumps, hashed, require
+from tests.second.encoding import require
 from tests.second.ledger import Entry, find
 
 
@@ -64,10 +64,10 @@ def parse(arguments: Sequence[str]) -> Given:
 
 
 def _accept(
-    job: Job, given: Given, start: results.Start | None
+    job: Job, given: Given, start: results.Start | None, closing: bool = False
 ) -> tuple[list[bulk.Bulk], dict[str, str]]:
     uploads = [bulk.read(path, job, "upload") for path in given.files]
-    results.check_uploads(job, uploads, start)
+    results.check_uploads(job, uploads, start, closing)
     return uploads, {upload.header["signer"]: upload.digest.hex() for upload in uploads}
 
 
@@ -113,18 +113,21 @@ def aggregate(given: Given) -> None:
     require(len(uploads) >= job.body["min_contributors"], 6, "too few contributors")
     if close is None:
         require(not job.body["masks"] or digests.keys() == set(job.names), 6, "somebody is missing")
-        return
-    _check_close(job, close, uploads, digests)
-    closed = [entry["digest"] for entry in find(entries, "close", round=round_)]
-    require(closed[:1] == [close.digest.hex()], 3, "not the close file of the round")
-    for reveal in reveals:
-        require(reveal.body["close"] == close.digest.hex(), 3, "a reveal of another close file")
-    results.orphaned(job, close.body["missing"], uploads, reveals, 6)
+    else:
+        _check_close(job, close, uploads, digests)
+        closed = [entry["digest"] for entry in find(entries, "close", round=round_)]
+        require(closed[:1] == [close.digest.hex()], 3, "not the close file of the round")
+        for reveal in reveals:
+            require(reveal.body["close"] == close.digest.hex(), 3, "of another close file")
+        results.orphaned(job, close.body["missing"], uploads, reveals, 6)
+    results.manifest(job, uploads, start, uploads[0].header["layout"], "")
+    for upload in uploads:
+        upload.body(job)
 
 
 def close_round(given: Given) -> None:
     key, job = given.key("server")
-    uploads, digests = _accept(job, given, None)
+    uploads, digests = _accept(job, given, None, closing=True)
     entries, round_ = given.ledger(key), uploads[0].header["round"]
     _check_first(entries, round_, digests)
     require(documents.can_close(job, len(digests)), 6, "too few to close a round")
@@ -150,7 +153,8 @@ def reveal_masks(given: Given) -> None:
     require(stated == (present[key.name], body["base"]), 4, "not the own upload")
     before = find(entries, "reveal", round=body["round"])
     if not before:
-        require(not find(entries, "open", round=body["round"]), 5, "the result was opened")
+        for event in ("open", "tried"):
+            require(not find(entries, event, round=body["round"]), 5, "the result was released")
         later = [e for e in find(entries, "upload") if e["round"] > body["round"]]
         again = [e for e in later if e["base"] is not None and e["base"] == body["base"]]
         require(not again, 5, "the round was begun anew")
@@ -172,13 +176,29 @@ def release_model(given: Given) -> None:
         if entry["result"] != digest:
             require(entry["round"] != header["round"], 5, "another result of the round")
             require(base is None or entry["base"] != base, 5, "another result on the base")
+    results.vector(job, result)
+
+
+def _evidence(job: Job, given: Given, initial: bool = True) -> results.Evidence:
+    uploads = [bulk.read(item, job, "upload") for item in given.paths("--uploads")]
+    models = [results.read_result(item, job) for item in given.paths("--model")]
+    path = given.path("--initial") if initial else None
+    weights = results.start_from_weights(job, path) if path else None
+    reveals = [documents.read_reveal(item, job) for item in given.paths("--reveals")]
+    return results.Evidence(uploads, models, weights, reveals)
 
 
 def open_model(given: Given) -> None:
     key, job = given.key("participant")
     release = releases.read(given.files[0], job)
     require(key.name in releases.granted(release), 5, "not granted")
-    releases.open_release(job, key, release, given.ledger(key))
+    entries = given.ledger(key)
+    releases.check_history(entries, key.name, release)
+    releases.check_attempts(entries, release, "--after-failure" in given.options)
+    sealed = releases.unlock(job, key, release)
+    if given.options["--uploads"]:
+        results.recompute(job, release.result, _evidence(job, given))
+    releases.open_sealed(job, key, release, sealed, entries)
 
 
 def encrypt_grads(given: Given) -> None:
@@ -186,36 +206,51 @@ def encrypt_grads(given: Given) -> None:
     gradients = values.read_plain(given.files[0])
     known = gradients.metadata
     require(not known or known["kind"] == "gradients", 3, "not gradients")
-    model = given.path("--model")
-    if model:
-        weights, _, base = values.read_weights(model)
-        same = results.shapes(gradients.layout) == results.shapes(weights.layout)
-        require(same, 3, "other tensors than the model")
-        require(not known or known["base"] == base.hex(), 3, "based on another model")
+    entries = given.ledger(key)
+    number = given.options.get("--round")
+    wanted = int(number[0]) if number else None
+    own = "--own-step" in given.options
+    basis = bases.basis_of(gradients, given.path("--model"), wanted, entries, own)
+    require(not find(entries, "upload", round=basis.round), 5, "a second upload of the round")
+    if own:
+        bases.check_step(entries, str(basis.base), str(basis.content))
+    bases.check_basis(entries, basis, own)
+    again = basis.base is not None and find(entries, "upload", base=basis.base)
+    require(not again or "--accept-differencing" in given.options, 5, "a second upload on a base")
     require(all(map(values.is_finite, gradients.floats())), 7, "not finite")
-    given.ledger(key)
+
+
+def apply_sum(given: Given) -> None:
+    key, _ = given.key("participant")
+    total = values.read_plain(given.files[0])
+    path = given.path("--model")
+    assert path
+    model = values.read_plain(path)
+    require(total.metadata.get("kind") == "sum", 3, "not a sum")
+    require(results.shapes(total.layout) == results.shapes(model.layout), 3, "other tensors")
+    bases.check_applied(given.ledger(key), total, model)
 
 
 def verify(given: Given) -> None:
-    job, path = given.job, given.files[0]
-    raw = path.read_bytes()
-    uploads = [bulk.read(item, job, "upload") for item in given.paths("--uploads")]
-    models = [results.read_result(item, job) for item in given.paths("--model")]
-    reveals = [documents.read_reveal(item, job) for item in given.paths("--reveals")]
-    if raw.startswith(b"{"):
+    key, job = given.key("participant") if "--key" in given.options else (None, given.job)
+    path = given.files[0]
+    if path.read_bytes().startswith(b"{"):
         _verify_document(path, job)
         return
+    evidence = _evidence(job, given)
     kind = bulk.read_form(path, tuple(bulk.KINDS)).kind
     if kind == "upload":
-        proof.check(job, bulk.read(path, job, "upload"))
+        upload = bulk.read(path, job, "upload")
+        proof.check(job, upload)
+        upload.body(job)
     elif kind == "release":
         release = releases.read(path, job)
-        for model in models:
-            require(model.digest.hex() == release.header["of"], 4, "nothing to do with it")
-            require(model.header == release.header["manifest"], 4, "another manifest")
+        release.result.body(job)
+        if key:
+            releases.unlock(job, key, release)
+        results.recompute(job, release.result, evidence)
     else:
-        result = results.read_result(path, job)
-        results.verify(job, result, uploads, models, given.path("--initial"), reveals)
+        results.recompute(job, results.read_result(path, job), evidence)
 
 
 def _verify_document(path: Path, job: Job) -> None:
@@ -233,17 +268,14 @@ def _verify_document(path: Path, job: Job) -> None:
 
 
 def audit(given: Given) -> None:
-    given.key("kgc")
-
-
-def content_of(header: dict[str, object]) -> bytes:
-    """What the ledger calls `content`."""
-    timeless = {field: value for field, value in header.items() if field != "created"}
-    return hashed("dtl/v2/result", dumps(timeless))
+    key, job = given.key("kgc")
+    for path in given.files:
+        auditing.audit(job, key, path, given.path("--model"))
 
 
 COMMANDS: dict[str, Callable[[Given], None]] = {
     "aggregate": aggregate,
+    "apply-sum": apply_sum,
     "audit": audit,
     "close-round": close_round,
     "encrypt-grads": encrypt_grads,

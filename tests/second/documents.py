@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from tests.second import encoding
 from tests.second.encoding import (
+    FORMAT,
     Refused,
     dumps,
     exactly,
@@ -29,12 +30,12 @@ from tests.second.encoding import (
     require,
 )
 from tests.second.group import Group
+from tests.second.lattice import FULL, SMALL, Shape
 
-FORMAT = "dtl/v2"
 HEADER = "format kind job signer created"
 JOB = (
-    "format id security N g h slot_bits fraction_bits min_contributors masks kem server "
-    "participants kgc signature"
+    "format id security cipher N gamma h A slot_bits fraction_bits min_contributors masks kem "
+    "server participants kgc signature"
 )
 
 
@@ -73,6 +74,33 @@ class Job:
     hpke: dict[str, bytes]
 
     @property
+    def lattice(self) -> bool:
+        return bool(self.body["cipher"] == "lattice")
+
+    @property
+    def block_slot(self) -> int:
+        """b: the bits of a slot of a block."""
+        return 28 if self.lattice else int(self.body["slot_bits"])
+
+    @property
+    def block_slots(self) -> int:
+        """S."""
+        return (self.group.bits - 2) // self.block_slot
+
+    def shape(self, values: int) -> Shape:
+        """How the body of so many values is laid out."""
+        ring = SMALL if self.body["security"].startswith("insecure-") else FULL
+        return Shape(ring, self.body["slot_bits"], values)
+
+    def block_count(self, values: int) -> int:
+        """How many integers are in the blocks of a vector of so many values."""
+        return self.shape(values).ring.degree if self.lattice else values
+
+    def groups(self, values: int) -> int:
+        """T."""
+        return -(-self.block_count(values) // (7 * self.block_slots))
+
+    @property
     def largest(self) -> int:
         """Of the integers of a model."""
         return int(2 ** (self.body["slot_bits"] - 2)) - 1
@@ -84,12 +112,19 @@ class Job:
 
 
 def read_job(path: Path) -> Job:
-    body = exactly(encoding.loads(path.read_bytes()), JOB)
+    return _job(path.read_bytes())
+
+
+@cache
+def _job(raw: bytes) -> Job:
+    body = exactly(encoding.loads(raw), JOB)
     require(body["format"] == FORMAT, 3, "another format")
     identity = from_hex(body["id"], 16)
     require(type(body["masks"]) is bool, 3, "masks must be true or false")
     require(body["kem"] == "ML-KEM-768+X25519", 3, "another KEM")
-    require(isinstance(body["h"], list) and len(body["h"]) == 7, 3, "not seven h")
+    require(body["cipher"] in ("lattice", "direct"), 3, "another cipher")
+    for field in ("h", "A"):
+        require(isinstance(body[field], list) and len(body[field]) == 7, 3, f"not seven {field}")
     require(isinstance(body["participants"], list), 3, "no participants")
     require(len(body["participants"]) <= 4096, 3, "too many participants")
     people = [exactly(entry, "name sign hpke") for entry in body["participants"]]
@@ -109,9 +144,9 @@ def read_job(path: Path) -> Job:
         identity,
         bits,
         modulus,
-        number_from_hex(body["g"]),
+        number_from_hex(body["gamma"]),
         [number_from_hex(h) for h in body["h"]],
-        slot,
+        [number_from_hex(a) for a in body["A"]],
     )
     group.check()
     security = {3072: "128", 2048: "112"}.get(bits, f"insecure-{bits}")
@@ -120,6 +155,7 @@ def read_job(path: Path) -> Job:
     digest = hashed("dtl/v2/job", dumps(unsigned))
     roster_digest = hashed("dtl/v2/roster", dumps(body["participants"]))
     job = Job(body, digest, roster_digest, group, roster, sign, hpke)
+    require(job.block_slots >= 1, 3, "a slot does not fit into a block")
     require(job.e_max >= 1, 3, "no room for a contribution")
     verify(sign["kgc"], "job", digest, signature)
     return job
@@ -219,7 +255,7 @@ SECRET = {
 
 
 def _secret(owner: str, value: Any) -> dict[str, Any]:
-    body = exactly(value, SECRET.get(owner, "participant_seed mask_seeds sign hpke"))
+    body = exactly(value, SECRET.get(owner, "participant_seed mask_seeds audit_seed sign hpke"))
     found: dict[str, Any] = {}
     for field, item in body.items():
         if field in ("p", "q"):
@@ -256,28 +292,40 @@ def _raw(private: Ed25519PrivateKey | X25519PrivateKey | MLKEM768PrivateKey) -> 
 
 def _belongs(job: Job, owner: str, secret: dict[str, Any]) -> bool:
     """Whether the secrets are those of the public keys in the job."""
-    group = job.group
     if _raw(Ed25519PrivateKey.from_private_bytes(secret["sign"])) != job.sign[owner]:
         return False
     if "hpke" in secret:
         kem = MLKEM768PrivateKey.from_seed_bytes(secret["hpke"][:64])
         exchange = X25519PrivateKey.from_private_bytes(secret["hpke"][64:])
         others = set(job.names) - {owner} if job.body["masks"] else set()
-        return (
-            _raw(kem) + _raw(exchange) == job.hpke[owner] and secret["mask_seeds"].keys() == others
-        )
-    if owner == "kgc":
+        if _raw(kem) + _raw(exchange) != job.hpke[owner] or secret["mask_seeds"].keys() != others:
+            return False
+    if owner == "kgc" and secret["p"] * secret["q"] != job.group.N:
+        return False
+    return _has_halves(job, secret)
+
+
+def _has_halves(job: Job, secret: dict[str, Any]) -> bool:
+    """Whether the halves that a key holds are those of h and A."""
+    group = job.group
+    if "server_seed" in secret:
         a = group.half(secret["server_seed"], "server-half")
+        if not group.are_powers(group.A, [1] * 7, a):
+            return False
+    if "participant_seed" in secret:
         b = group.half(secret["participant_seed"], "participant-half")
-        return secret["p"] * secret["q"] == group.N and all(
-            pow(group.g, x + y, group.square) == h for x, y, h in zip(a, b, group.h, strict=True)
-        )
+        return group.are_powers(group.h, group.A, b)
     return True
 
 
 def read_key(path: Path, job_path: Path, passphrase: bytes = b"") -> tuple[Key, Job]:
     """A key with its job; every check, in order."""
-    body = encoding.loads(path.read_bytes())
+    return _key(path.read_bytes(), job_path.read_bytes(), passphrase)
+
+
+@cache
+def _key(raw: bytes, job_raw: bytes, passphrase: bytes) -> tuple[Key, Job]:
+    body = encoding.loads(raw)
     require(isinstance(body, dict), 3, "not a key")
     require(body.get("format") == FORMAT, 3, "another format")
     owner = name(body.get("name"))
@@ -288,7 +336,7 @@ def read_key(path: Path, job_path: Path, passphrase: bytes = b"") -> tuple[Key, 
     if "ledger" in public:
         from_hex(public["ledger"], 16)
     rest = {key: value for key, value in body.items() if key not in public}
-    job = read_job(job_path)
+    job = _job(job_raw)
     require(public["job"] == job.digest.hex(), 4, "of another job")
     require(from_base64(public["kgc"]) == job.sign["kgc"], 4, "of another center")
     if "box" in rest:

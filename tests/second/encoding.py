@@ -6,7 +6,16 @@ import hashlib
 import hmac
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
+
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+
+FORMAT = "dtl/v2"
+PIECE = 2**22
+LONGEST_DOCUMENT = 2**24
+MOST_KEYS = 2**14
 
 
 class Refused(Exception):
@@ -26,16 +35,27 @@ def u32(number: int) -> bytes:
     return number.to_bytes(4, "little")
 
 
+def u64(number: int) -> bytes:
+    return number.to_bytes(8, "little")
+
+
 def fields(label: str, *items: bytes | str | None) -> bytes:
     encoded = b""
     for item in (label, *items):
         raw = item.encode() if isinstance(item, str) else item or b""
-        encoded += u32(len(raw) % 2**32) + raw
+        encoded += u32(len(raw)) + raw
     return encoded
 
 
 def hashed(label: str, *items: bytes | str | None) -> bytes:
     return hashlib.sha512(fields(label, *items)).digest()
+
+
+def tree_hash(label: str, items: Sequence[bytes | str], data: bytes) -> bytes:
+    """The digest of long data: over the digests of its pieces."""
+    pieces = [data[at : at + PIECE] for at in range(0, len(data), PIECE)]
+    digests = [hashlib.sha256(piece).digest() for piece in pieces]
+    return hashed(label, *items, u64(len(data)), *digests)
 
 
 def hkdf(secret: bytes, info: bytes, length: int) -> bytes:
@@ -46,6 +66,16 @@ def hkdf(secret: bytes, info: bytes, length: int) -> bytes:
         block = hmac.digest(key, block + info + bytes([counter]), "sha512")
         output += block
     return output[:length]
+
+
+def keystream(key: bytes, nonce: bytes, length: int) -> bytes:
+    """The first bytes of ChaCha20 (less than 256 GiB) under a nonce of 12 bytes."""
+    return Cipher(ChaCha20(key, bytes(4) + nonce), None).encryptor().update(bytes(length))
+
+
+def numbers(raw: bytes, width: int) -> list[int]:
+    """Little-endian numbers of `width` bytes each."""
+    return [int.from_bytes(raw[at : at + width], "little") for at in range(0, len(raw), width)]
 
 
 def dumps(value: Any) -> bytes:
@@ -71,10 +101,18 @@ def parse(raw: bytes) -> Any:
     )
 
 
+def _few_keys(value: Any) -> bool:
+    if isinstance(value, dict):
+        return len(value) <= MOST_KEYS and all(map(_few_keys, value.values()))
+    return not isinstance(value, list) or all(map(_few_keys, value))
+
+
 def loads(raw: bytes) -> Any:
     """Canonical JSON, or it is refused."""
+    require(len(raw) <= LONGEST_DOCUMENT, 3, "a document that is too long")
     try:
         value = parse(raw)
+        require(_few_keys(value), 3, "too many keys")
         same = dumps(value) == raw
     except (ValueError, RecursionError) as error:
         raise Refused(3, f"not canonical JSON: {error}") from error

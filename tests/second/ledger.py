@@ -1,11 +1,13 @@
 """Section 7 and ledgers: the chain, and what it says has been done."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from tests.second import encoding
-from tests.second.documents import FORMAT, Key, name, names
+from tests.second.documents import Key, name
 from tests.second.encoding import (
+    FORMAT,
     Refused,
     digest_or_null,
     dumps,
@@ -20,12 +22,15 @@ EVENTS = {
     "ledger": "format ledger name",
     "upload": "round base opened upload",
     "reveal": "round close",
-    "open": "round result parent opened admitted",
+    "tried": "round result release after_failure",
+    "open": "round kind result parent opened content admitted",
+    "step": "round sum content source",
     "aggregate": "round base uploads content created result",
     "close": "round base uploads digest created",
     "release": "round base result grants admitted",
 }
-DIGESTS = ("upload", "close", "result", "content", "digest")
+DIGESTS = ("upload", "close", "result", "content", "digest", "sum")
+SOURCE = r"apply-sum|own-step|adopt:[a-z0-9][a-z0-9._-]{0,63}"
 Entry = dict[str, Any]
 
 
@@ -36,12 +41,20 @@ def _check(entry: Entry) -> None:
     for field, value in entry.items():
         if field == "round":
             integer(value, 1, 2**32 - 1)
-        elif field in DIGESTS or (field == "opened" and kind == "open"):
+        elif field in DIGESTS or (field, kind) in (("opened", "open"), ("release", "tried")):
             from_hex(value, 64)
+        elif field == "after_failure":
+            require(type(value) is bool, 4, "after_failure must be true or false")
+        elif field == "kind":
+            require(value in ("model", "sum"), 4, "an unknown kind")
+        elif field == "source":
+            require(re.fullmatch(SOURCE, encoding.text(value)), 4, "an unknown source")
         elif field in ("base", "parent", "opened"):
             digest_or_null(value)
         elif field in ("grants", "admitted"):
-            names(value)
+            require(isinstance(value, list), 4, "not a list of names")
+            for item in value:
+                name(item)
         elif field == "uploads":
             for participant, digest in value.items():
                 name(participant)
@@ -61,11 +74,15 @@ def read(path: Path, key: Key) -> list[Entry]:
     lines = path.read_bytes().split(b"\n")
     if _is_torn(lines[-1]):
         lines.pop()
-    entries, link = [], b""
+    entries: list[Entry] = []
+    link, older = b"", False
     for line in lines:
         try:
             entry = encoding.loads(line)
             require(isinstance(entry, dict), 4, "not an object")
+            if not entries and str(entry.get("format")).startswith("dtl/v1"):
+                older = True
+                break
             _check(entry)
         except Refused as error:
             raise Refused(4, f"a damaged line: {error}") from error
@@ -73,6 +90,7 @@ def read(path: Path, key: Key) -> list[Entry]:
         link = hashed("dtl/v2/ledger", link, dumps(unlinked))
         require(entry["link"] == link.hex(), 4, "the chain is broken")
         entries.append(entry)
+    require(not older, 3, "of an older version")
     first = {"event": "ledger", "format": FORMAT, "ledger": key.ledger, "name": key.name}
     require(entries, 4, "an empty ledger")
     found = {field: value for field, value in entries.pop(0).items() if field != "link"}
@@ -86,3 +104,8 @@ def find(entries: list[Entry], event: str, **fields: object) -> list[Entry]:
         for entry in entries
         if entry["event"] == event and all(entry[name] == fields[name] for name in fields)
     ]
+
+
+def first_link(raw: bytes) -> bytes:
+    """The link of the first line."""
+    return bytes.fromhex(encoding.loads(raw.split(b"\n")[0])["link"])

@@ -11,52 +11,108 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from tests.second import encoding
+from tests.second import encoding, lattice
 from tests.second.bulk import LONGEST_HEADER, check_layout
 from tests.second.documents import Job
 from tests.second.encoding import dumps, require
 from tests.second.group import Blocks
+from tests.second.lattice import Body
 
 SIZES = {"F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+CODES = {"F16": "e", "BF16": "f", "F32": "f", "F64": "d"}
 NPZ = {"<f2": "F16", "|V2": "BF16", "<f4": "F32", "<f8": "F64"}
 
 
 def unpack(job: Job, blocks: Blocks, values: int) -> list[int]:
-    """The integers of blocks."""
-    group = job.group
-    slot, N = group.slot_bits, group.N
-    lift = sum(2 ** (slot - 1 + slot * i) for i in range(group.slots))
+    """The integers of the blocks of a vector of so many values."""
+    slot, slots, N = job.block_slot, job.block_slots, job.group.N
+    lift = sum(2 ** (slot - 1 + slot * i) for i in range(slots))
     found = []
     for m in (m for row in blocks for m in row):
         lifted = (m if m <= N // 2 else m - N) + lift
-        require(0 <= lifted < 2 ** (slot * group.slots), 4, "a block out of range")
-        for i in range(group.slots):
+        require(0 <= lifted < 2 ** (slot * slots), 4, "a block out of range")
+        for i in range(slots):
             found.append((lifted >> slot * i) % 2**slot - 2 ** (slot - 1))
-    require(not any(found[values:]), 4, "padding is not zero")
-    return found[:values]
+    count = job.block_count(values)
+    require(not any(found[count:]), 4, "padding is not zero")
+    return found[:count]
 
 
 def pack(job: Job, integers: list[int]) -> Blocks:
-    group = job.group
-    per_group = 7 * group.slots
-    padded = integers + [0] * (-len(integers) % per_group)
+    """Public integers as blocks, in a direct job."""
+    padded = integers + [0] * (-len(integers) % (7 * job.block_slots))
     numbers = [
-        sum(e << group.slot_bits * i for i, e in enumerate(padded[at : at + group.slots])) % group.N
-        for at in range(0, len(padded), group.slots)
+        sum(e << job.block_slot * i for i, e in enumerate(padded[at : at + job.block_slots]))
+        % job.group.N
+        for at in range(0, len(padded), job.block_slots)
     ]
     return [numbers[at : at + 7] for at in range(0, len(numbers), 7)]
 
 
-def check_headroom(job: Job, integers: list[int], kind: str) -> None:
-    """The bound of an opened model, or of a sum."""
-    bound = job.largest if kind == "model" else len(job.names) * job.e_max
-    require(all(abs(e) <= bound for e in integers), 7, "headroom exhausted")
+@dataclass
+class Decoded:
+    """The integers of a vector; in a lattice job also what the pad was made of."""
+
+    integers: list[int]
+    secret: list[int]
+    errors: list[list[int]]
 
 
-def vector_digest(layout: Any, integers: list[int]) -> bytes:
+def decode(job: Job, blocks: Blocks, body: Body, values: int, uploads: int) -> Decoded:
+    """Integers from opened blocks and the body, of so many uploads, without masks."""
+    found = unpack(job, blocks, values)
+    if not job.lattice:
+        return Decoded(found, [], [])
+    bound = 64 * uploads
+    require(all(abs(k) <= bound for k in found), 4, "a secret out of range")
+    key = lattice.public_key(job.digest)
+    opened = lattice.open_body(key, found, body, job.shape(values))
+    require(all(abs(e) <= bound for row in opened.errors for e in row), 4, "an error out of range")
+    return Decoded(opened.integers, found, opened.errors)
+
+
+def limit(job: Job, kind: str) -> int:
+    """The largest integer of an opened model, or of a sum."""
+    return job.largest if kind == "model" else len(job.names) * job.e_max
+
+
+def check_range(integers: list[int], most: int, code: int) -> None:
+    require(all(abs(e) <= most for e in integers), code, "a value out of range")
+
+
+def vector_digest(job: Job, layout: Any, integers: list[int]) -> bytes:
     """V."""
-    raw = struct.pack(f"<{len(integers)}q", *integers)
-    return encoding.hashed("dtl/v2/vector", dumps(layout), raw)
+    code = "i" if job.body["slot_bits"] <= 32 else "q"
+    raw = struct.pack(f"<{len(integers)}{code}", *integers)
+    return encoding.tree_hash("dtl/v2/vector", [dumps(layout)], raw)
+
+
+def as_written(job: Job, layout: Any, integers: list[int]) -> bytes:
+    """The tensors of an opened file; refused (4) where a value is not finite in its dtype."""
+    parts, at = [], 0
+    for entry in layout:
+        count = prod(entry["shape"])
+        reals = [e / 2 ** job.body["fraction_bits"] for e in integers[at : at + count]]
+        at += count
+        try:
+            raw = struct.pack(f"<{count}{CODES[entry['dtype']]}", *reals)
+        except OverflowError as error:
+            raise encoding.Refused(4, "a value that is not finite in its dtype") from error
+        parts.append(_bfloat16(raw) if entry["dtype"] == "BF16" else raw)
+    return b"".join(parts)
+
+
+def _bfloat16(raw: bytes) -> bytes:
+    """float32 to the nearest bfloat16, ties to even; 4 if that is infinite."""
+    words = [word for (word,) in struct.iter_unpack("<I", raw)]
+    rounded = [word + 0x7FFF + (word >> 16) % 2 >> 16 for word in words]
+    require(all(word % 2**15 < 0x7F80 for word in rounded), 4, "a value that is not finite")
+    return struct.pack(f"<{len(rounded)}H", *rounded)
+
+
+def content_digest(layout: Any, data: bytes) -> bytes:
+    """The content of a plain file."""
+    return encoding.tree_hash("dtl/v2/content", [dumps(layout)], data)
 
 
 @dataclass
@@ -70,7 +126,11 @@ class Plain:
     @property
     def digest(self) -> bytes:
         """V0."""
-        return encoding.hashed("dtl/v2/initial", dumps(self.layout), self.data)
+        return encoding.tree_hash("dtl/v2/initial", [dumps(self.layout)], self.data)
+
+    @property
+    def content(self) -> str:
+        return content_digest(self.layout, self.data).hex()
 
     def floats(self) -> list[float]:
         found: list[float] = []
@@ -81,8 +141,7 @@ class Plain:
             at += count * size
             if entry["dtype"] == "BF16":
                 raw = b"".join(b"\0\0" + raw[i : i + 2] for i in range(0, len(raw), 2))
-            code = {"F16": "e", "BF16": "f", "F32": "f", "F64": "d"}[entry["dtype"]]
-            found.extend(struct.unpack(f"<{count}{code}", raw))
+            found.extend(struct.unpack(f"<{count}{CODES[entry['dtype']]}", raw))
         return found
 
     def integers(self, job: Job) -> list[int]:
@@ -95,12 +154,13 @@ def read_plain(path: Path) -> Plain:
     layout, parts, text = _npz(raw) if raw[:2] == b"PK" else _safetensors(raw)
     metadata: dict[str, Any] = {}
     if text is not None:
-        metadata = encoding.exactly(encoding.loads(text), "format kind round base opened")
+        metadata = encoding.exactly(encoding.loads(text), "format kind round base opened content")
         require(metadata["format"] == "dtl/v2", 3, "another format")
         require(metadata["kind"] in ("weights", "gradients", "sum"), 3, "another kind")
         encoding.integer(metadata["round"], 0, 2**32 - 1)
         encoding.digest_or_null(metadata["base"])
         encoding.digest_or_null(metadata["opened"])
+        encoding.digest_or_null(metadata["content"])
     check_layout(layout, sum(prod(entry["shape"]) for entry in layout))
     return Plain(layout, b"".join(parts), metadata)
 
@@ -157,18 +217,28 @@ def _turned(data: bytes, shape: list[int], size: int) -> bytes:
     return b"".join(data[at : at + size] for at in starts)
 
 
-def read_weights(path: Path) -> tuple[Plain, int, bytes]:
-    """Weights, their round, and the base that they are; those of round 0 are checked."""
+@dataclass
+class Basis:
+    """What gradients are based on."""
+
+    round: int
+    base: str | None
+    opened: str | None
+    content: str | None
+
+
+def read_weights(path: Path) -> tuple[Plain, Basis]:
+    """Weights, and what metadata says of them; those of round 0 are checked."""
     found = read_plain(path)
     known = found.metadata
     require(not known or known["kind"] == "weights", 3, "not weights")
     if known and known["round"]:
-        return found, known["round"], bytes.fromhex(known["base"] or "")
-    digest = found.digest
+        return found, Basis(known["round"], known["base"], known["opened"], found.content)
+    digest = found.digest.hex()
     if known:
         stated = (known["base"], known["opened"])
-        require(stated == (digest.hex(), digest.hex()), 4, "not the weights of the metadata")
-    return found, 0, digest
+        require(stated == (digest, digest), 4, "not the weights of the metadata")
+    return found, Basis(0, digest, digest, found.content)
 
 
 def is_finite(value: float) -> bool:
@@ -179,5 +249,5 @@ def initial_integers(job: Job, weights: Plain) -> list[int]:
     """Public initial weights in fixed point."""
     require(all(map(is_finite, weights.floats())), 7, "not finite")
     integers = weights.integers(job)
-    check_headroom(job, integers, "model")
+    check_range(integers, job.largest, 7)
     return integers

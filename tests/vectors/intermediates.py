@@ -2,22 +2,41 @@
 
 import base64
 import hashlib
+import secrets
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-from dtl.core.crypto import masks, primitives, proof, scheme
+import numpy as np
+
+from dtl.core.ciphers.lattice import LatticeCipher
+from dtl.core.crypto import masks, one_time, proof, release_proof, scheme
+from dtl.core.crypto.one_time import OneTimeKeys
 from dtl.core.crypto.residues import Bytes, to_integers
-from dtl.core.files import sealed
 from dtl.core.files.closing import load_signed
-from dtl.core.files.container import PROOF, RESIDUES, Container
-from dtl.core.files.headers import ReleaseHeader, ResultHeader, UploadHeader, read_header
+from dtl.core.files.container import BODY, PROOF, RESIDUES, Container
+from dtl.core.files.headers import ResultHeader, UploadHeader, read_header
 from dtl.core.files.job_file import Job
-from dtl.core.files.key_file import Key, ParticipantSecrets
+from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import Ledger, UploadEntry
-from dtl.core.files.tensors import VectorDigest, checked_initial_digest, open_tensors
-from dtl.core.roles.participant.basis import Basis, mask_keys, round_key
+from dtl.core.files.tensors import (
+    ContentDigest,
+    VectorDigest,
+    checked_initial_digest,
+    content_digest,
+    from_reals,
+    open_tensors,
+)
+from dtl.core.lattice import ring as door
+from dtl.core.parallel import DEFAULT_WORK
+from dtl.core.public import releases
+from dtl.core.roles.participant import content_key
+from dtl.core.roles.participant.basis import Basis, mask_keys, raw, round_key
 from tests.helpers import residues_of
+
+Inputs = dict[str, dict[str, Any]]
 
 
 def numbers(blocks: Bytes) -> list[str]:
@@ -29,13 +48,18 @@ def rows(blocks: Bytes) -> list[list[str]]:
     return [numbers(group) for group in blocks]
 
 
-class Witnessed:
-    """A finished job in a folder, seen with all of its keys."""
+def _in_order(function: Any, tasks: Any, total: int) -> Iterator[Any]:
+    return (function(*task) for task in tasks)
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Witnessed:
+    """A finished job in a folder, seen with all of its keys; `inputs` as in `Published`."""
+
+    def __init__(self, folder: Path, inputs: Inputs) -> None:
+        self.folder, self.inputs = folder, inputs
         self.job = Job.load(folder / "job/job.json")
         self.center, self.server = self.key("kgc"), self.key("server")
+        self._opened: dict[Path, Bytes] = {}
 
     def key(self, name: str) -> Key:
         return Key.load(self.folder / f"job/{name}.key", self.folder / "job/job.json", bytes)
@@ -45,7 +69,10 @@ class Witnessed:
 
     def opened(self, path: Path) -> Bytes:
         """Blocks [G, 7, block width], by the strong trapdoor."""
-        return scheme.strong_open(self.center.trapdoor, residues_of(path)[:, 1:])
+        if path not in self._opened:
+            residues = residues_of(path)[:, 1:]
+            self._opened[path] = scheme.strong_open(self.center.trapdoor, residues)
+        return self._opened[path]
 
     def everything(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -65,85 +92,154 @@ class Witnessed:
         }
         weights = self.folder / "w0.safetensors"
         if weights.exists():
-            found["initial"] = checked_initial_digest(open_tensors(weights))
+            found["initial"] = {
+                "V0": checked_initial_digest(open_tensors(weights)),
+                "content": content_digest(open_tensors(weights)),
+            }
+        return found
+
+    def decoded(
+        self, container: Container, values: int, uploads: int, keys: list[masks.Key]
+    ) -> list[int]:
+        """The integers of a vector; `keys` take masks off."""
+        blocks = self.opened(container.path)
+        good = np.ones(len(blocks), np.bool_)
+        body = container.bytes_of(BODY).read if BODY in container.tensors else None
+        digest = bytes.fromhex(self.job.digest)
+        decoding = self.job.codec.decode(
+            digest, values, uploads, iter([(blocks, good)]), body, keys, _in_order
+        )
+        found = [int(e) for part in decoding for e in part]
+        assert decoding.good
         return found
 
     def upload(self, path: Path) -> dict[str, Any]:
+        job = self.job
         with Container(path) as container:
-            header = read_header(container, ("upload",), self.job.digest)
+            header = read_header(container, ("upload",), job.digest)
             assert isinstance(header, UploadHeader)
             key = self.key(header.signer)
-            groups, tensor = residues_of(path).shape[0], container.tensors[PROOF]
-            sent = container.read(tensor.start, tensor.length)
-            found = proof.decode(self.job.public_key, groups, sent)
+            groups = residues_of(path).shape[0]
+            found = proof.decode(job.public_key, groups, container.whole(PROOF))
             rho = proof.weights(
-                self.job.public_key,
+                job.public_key,
                 container.raw_header,
-                self.job.signing_key(header.signer) or b"",
+                job.signing_key(header.signer) or b"",
                 groups,
-                container.tensor_hash(RESIDUES),
+                container.tensor_digest(RESIDUES),
+                container.tensor_digest(BODY) if BODY in container.tensors else None,
                 found.d,
             )
             digest = container.digest().hex()
-        with Ledger(key) as ledger:
-            (entry,) = ledger.find(UploadEntry, round=header.round)
-        basis = Basis(header.round, header.base, entry.opened)
-        mask = masks.mask_blocks(mask_keys(key, basis), 0, 7 * groups, self.job.N)
-        blocks = self.opened(path)
-        opposite = masks.opposite(mask_keys(key, basis))
-        bare = masks.add_masks(blocks.reshape(7 * groups, -1), opposite, 0, self.job.N)
-        others = [name for name in self.job.names if name != header.signer]
+            with Ledger(key) as ledger:
+                (entry,) = ledger.find(UploadEntry, round=header.round)
+            basis = Basis(header.round, header.base, entry.opened)
+            keys = mask_keys(key, basis)
+            integers = self.decoded(container, header.values, 1, masks.opposite(keys))
+        others = [name for name in job.names if name != header.signer]
+        one_time_keys = self.one_time(path, key, basis)
         return {
             "digest": digest,
+            "one_time": {
+                "s": one_time_keys.secret.hex(),
+                "e": one_time_keys.error.hex(),
+                "r": one_time_keys.randomness.hex(),
+                "w": one_time_keys.witness.hex(),
+            },
             "round_keys": {name: round_key(key, basis, name).hex() for name in others},
-            "masks": rows(mask.reshape(groups, 7, -1)),
-            "blocks": rows(blocks),
-            "integers": self.job.packing.unpack(bare, header.values).tolist(),
+            "blocks": rows(self.opened(path)),
+            "integers": integers,
+            "secret": self.secret(one_time_keys),
+            "errors": self.errors(one_time_keys, header.values),
             "rho": [f"{number:x}" for number in to_integers(rho)],
             "d": [f"{number:x}" for number in found.d],
             "z": f"{found.z:x}",
             "v": [f"{number:x}" for number in found.v],
         }
 
+    def one_time(self, path: Path, key: Key, basis: Basis) -> OneTimeKeys:
+        """The keys of an upload, derived again from published bytes."""
+        given = self.inputs[path.name]
+        lines = key.ledger_path.read_bytes().splitlines()
+        digest = Container(path).digest().hex()
+        (at,) = (i for i, line in enumerate(lines) if f'"upload":"{digest}"'.encode() in line)
+        link = lines[at - 1].split(b'"link":"')[1][:128].decode()
+        with patch.object(secrets, "token_bytes", lambda count: bytes.fromhex(given["system"])):
+            return one_time.derive_one_time(
+                key.secrets.sign,
+                bytes.fromhex(self.job.digest),
+                basis.round,
+                raw(basis.base),
+                raw(basis.opened),
+                bytes.fromhex(self.job.roster_digest),
+                given["time"],
+                bytes.fromhex(link),
+            )
+
+    def secret(self, keys: OneTimeKeys) -> list[int]:
+        """The secret of the pad; none in a direct job."""
+        codec = self.job.codec
+        if not isinstance(codec, LatticeCipher):
+            return []
+        found: list[int] = door.arithmetic(codec.ring).sample(keys.secret).tolist()
+        return found
+
+    def errors(self, keys: OneTimeKeys, values: int) -> list[list[int]]:
+        """Those of each polynomial, as far as its coefficients are in the body."""
+        codec = self.job.codec
+        if not isinstance(codec, LatticeCipher):
+            return []
+        shape, arithmetic = codec.shape(values), door.arithmetic(codec.ring)
+        return [
+            arithmetic.sample(keys.error, i)[: shape.coefficients(i)].tolist()
+            for i in range(shape.polynomials)
+        ]
+
     def result(self, path: Path) -> dict[str, Any]:
         with Container(path) as container:
             header = read_header(container, ("sum", "model"), self.job.digest)
+            assert isinstance(header, ResultHeader)
             digest = container.digest().hex()
-        assert isinstance(header, ResultHeader)
-        blocks = self.opened(path)
-        flat = blocks.reshape(-1, blocks.shape[-1])
-        integers = self.job.packing.unpack(flat, header.values)
-        state = VectorDigest(header.layout, header.values)
-        state.update(integers)
+            integers = self.decoded(container, header.values, header.uploads, [])
+        array = np.array(integers)
+        state = VectorDigest(header.layout, header.values, self.job.slot_bits)
+        state.update(array)
+        reals, place = self.job.fixed_point.decode(array), 0
+        content = ContentDigest(header.layout)
+        for spec in header.layout:
+            content.update(from_reals(reals[place : place + spec.values], spec.dtype))
+            place += spec.values
         return {
             "digest": digest,
             "manifest": header.plain(),
-            "blocks": rows(blocks),
-            "integers": integers.tolist(),
+            "integers": integers,
             "opened": state.hexdigest(),
+            "content": content.hexdigest(),
         }
 
     def release(self, path: Path) -> dict[str, Any]:
         with ExitStack() as stack:
-            container = stack.enter_context(Container(path))
-            header = read_header(container, ("release",), self.job.digest)
-            assert isinstance(header, ReleaseHeader)
-            shape = self.job.residue_shape(header.manifest.values)
-            core = sealed.release_core(header.manifest, header.names, shape, header.commit)
-            grant = header.grants[0]
-            key = self.key(grant.participant)
-            assert isinstance(key.secrets, ParticipantSecrets)
-            own = primitives.hpke_public_key(key.secrets.hpke)
-            info = sealed.grant_info(core, key.name, own, self.job.server.sign)
-            content_key = primitives.hpke_unwrap(key.secrets.hpke, grant.wrapped, info)
-            encryption_key, commit = sealed.content_keys(content_key)
-            length = shape[0] * self.job.group_bytes
-            payload = b"".join(sealed.open_stream(container, encryption_key, core, length))
+            release = releases.open_release(self.job, path, stack, DEFAULT_WORK)
+            header, public = release.header, self.job.public_key
+            own = content_key(self.key(header.names[0]), release)
+            part = releases.unseal(self.job, release, own)
+            payload = b"".join(part.payload())
+            width = public.arithmetic.width
+            opened = np.frombuffer(payload[: part.opened_length], np.uint8).reshape(-1, 7, width)
+            digest = hashlib.sha512(opened.tobytes()).digest()
+            rho = release_proof.weights(part.core, bytes.fromhex(header.of), digest, part.groups)
+            found = release_proof.products(public, residues_of(path), opened, rho)
+            base = np.frombuffer(found.base.to_bytes(width, "little"), np.uint8)
+            tail = payload[part.opened_length + 14 * width :]
+            responses = np.frombuffer(tail, np.uint8).reshape(7, -1)
             return {
-                "digest": container.digest().hex(),
-                "core": core.hex(),
-                "content_key": content_key.hex(),
-                "encryption_key": encryption_key.hex(),
-                "commit": base64.b64encode(commit).decode(),
+                "digest": release.digest,
+                "core": part.core.hex(),
+                "encryption_key": own.hex(),
+                "commit": base64.b64encode(header.commit).decode(),
                 "payload": hashlib.sha512(payload).hexdigest(),
+                "rho": numbers(rho),
+                "Gamma": numbers(public.arithmetic.lift(base[None]))[0],
+                "D": [f"{number:x}" for number in found.quotients],
+                "z": numbers(responses),
             }

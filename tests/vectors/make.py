@@ -4,6 +4,7 @@ Ends with 1 on any difference. With --write the folder is brought up to date ins
 """
 
 import base64
+import hashlib
 import json
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from tests.vectors.scene import Scene
 
 HERE = Path(__file__).parent
 WRAPPED = "wrapped.json"
+FULL_SIZE = "full-size"
+LONGEST_LIST = 2048  # characters
 
 
 def encode(value: Any) -> bytes:
@@ -38,19 +41,30 @@ def files_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): _base64(path.read_bytes()) for path in paths}
 
 
-def write_files(folder: Path, files: Mapping[str, Any]) -> None:
-    """Put files into a folder: whole ones in base64, splices of what is there, None: removed."""
+def changed(good: Mapping[str, bytes], files: Mapping[str, Any]) -> dict[str, bytes | None]:
+    """The files of a vector: whole ones are in base64, splices are of good ones; None: removed."""
+    found: dict[str, bytes | None] = {}
     for name, given in files.items():
+        if given is None:
+            found[name] = None
+        elif isinstance(given, str):
+            found[name] = base64.b64decode(given)
+        else:
+            found[name] = spliced(good[name], given)
+    return found
+
+
+def write_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Put the files of a vector into a folder, which has the good ones."""
+    good = {name: (folder / name).read_bytes() for name in files if (folder / name).exists()}
+    for name, data in changed(good, files).items():
         path = folder / name
         path.parent.mkdir(exist_ok=True, mode=0o700)
-        if given is None:
+        if data is None:
             path.unlink()
             continue
         path.touch(mode=0o600)
-        if isinstance(given, str):
-            path.write_bytes(base64.b64decode(given))
-        else:
-            path.write_bytes(spliced(path.read_bytes(), given))
+        path.write_bytes(data)
 
 
 def spliced(good: bytes, splice: Mapping[str, Any]) -> bytes:
@@ -87,12 +101,29 @@ def _vector(fault: Fault, scene: Scene) -> dict[str, Any]:
             files[name] = splice(scene.read(name), raw)
         else:
             files[name] = _base64(raw)
-    return {
+    tried = {"tried": fault.tried} if fault.tried else {}
+    return tried | {
         "about": fault.about,
+        "job": fault.scene,
         "command": fault.command.split(),
         "exit": fault.code,
         "files": files,
     }
+
+
+def shortened(value: Any) -> Any:
+    """Long lists give way to the SHA-512 of their canonical JSON, for jobs of full size."""
+    if isinstance(value, dict):
+        return {key: shortened(item) for key, item in value.items()}
+    text = json.dumps(value, separators=(",", ":"))
+    if not isinstance(value, list) or len(text) <= LONGEST_LIST:
+        return value
+    return {"sha512": hashlib.sha512(text.encode()).hexdigest()}
+
+
+def intermediates_of(title: str, found: Any) -> Any:
+    """What a vector says of what was computed on the way."""
+    return shortened(found) if title == FULL_SIZE else found
 
 
 def make() -> dict[str, bytes]:
@@ -105,15 +136,21 @@ def make() -> dict[str, bytes]:
             folder = Path(name)
             dtl = Published(folder, title, wrapped)
             play(folder, dtl)
-            used |= dtl.used
-            content = {"files": files_of(folder), "intermediates": Witnessed(folder).everything()}
+            found = Witnessed(folder, dtl.inputs).everything()
+            content = {
+                "files": files_of(folder),
+                "inputs": dtl.inputs,
+                "intermediates": intermediates_of(title, found),
+            }
             made[f"{title}.json"] = encode(content)
-            if title != "three-rounds":
-                continue
-            scene = Scene(folder)
+            scene = Scene(dtl)
             for folder_name, faults in (("refused", all_faults()), ("accepted", accepted())):
                 for fault in faults:
-                    made[f"{folder_name}/{fault.name}.json"] = encode(_vector(fault, scene))
+                    if fault.scene == title:
+                        path = f"{folder_name}/{fault.name}.json"
+                        assert path not in made, path
+                        made[path] = encode(_vector(fault, scene))
+            used |= dtl.used
     made[WRAPPED] = encode(used)
     return made
 
@@ -142,7 +179,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory() as name:
             vector = json.loads(made[f"{title}.json"])
             write_files(Path(name), vector["files"])
-            if second.Witnessed(Path(name)).everything() != vector["intermediates"]:
+            found = second.Witnessed(Path(name), vector["inputs"]).everything()
+            if intermediates_of(title, found) != vector["intermediates"]:
                 different.append(f"{title}.json, in the second implementation's eyes")
     for name in different:
         print(f"differs: {name}", file=sys.stderr)

@@ -1,19 +1,22 @@
 """A finished job from which faulty files are made: each differs from a good one in one thing."""
 
 import base64
-import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from dtl.core.crypto import primitives
-from dtl.core.files import canonical_json
-from dtl.core.files.container import file_digest
-from dtl.core.files.job_file import signed_digest
+from dtl.core.files import canonical_json, ledger
+from dtl.core.files.container import TENSOR_LABEL, file_digest
+from dtl.core.files.job_file import Job, signed_digest
+from dtl.core.files.key_file import Key
 from dtl.core.files.safetensors import build_header
+from dtl.core.files.tree_hash import TreeHash
+from tests.vectors.intermediates import Witnessed
+from tests.vectors.published import Published
 
 Json = dict[str, Any]
 Edit = Callable[[Json], object]
@@ -32,11 +35,21 @@ def joined(header: bytes, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
-class Scene:
-    """The good files, the secrets, and how to sign anew."""
+def tensor_digests(tensors: Tensors) -> dict[str, bytes]:
+    """The digest of each tensor, by name."""
+    found = {}
+    for name, (_, data) in tensors.items():
+        tree = TreeHash(TENSOR_LABEL, name)
+        tree.update(data)
+        found[name] = tree.digest()
+    return found
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+
+class Scene:
+    """The good files that `dtl` made, the secrets, and how to sign anew."""
+
+    def __init__(self, dtl: Published) -> None:
+        self.dtl, self.folder = dtl, dtl.folder
         self.job = json.loads(self.read("job/job.json"))
         self.p, self.q = (int(self.key("kgc")[name], 16) for name in "pq")
         self.square = (self.p * self.q) ** 2
@@ -51,6 +64,17 @@ class Scene:
 
     def secret(self, name: str) -> bytes:
         return base64.b64decode(self.key(name)["sign"])
+
+    @cached_property
+    def witnessed(self) -> Witnessed:
+        """The good files as dtl's own functions see them."""
+        return Witnessed(self.folder, self.dtl.inputs)
+
+    def loaded_job(self) -> Job:
+        return Job.load(self.folder / "job/job.json")
+
+    def loaded_key(self, name: str) -> Key:
+        return Key.load(self.folder / f"job/{name}.key", self.folder / "job/job.json", bytes)
 
     # --- bulk files
 
@@ -68,8 +92,7 @@ class Scene:
     def signed(self, raw: bytes, tensors: Tensors, signer: str) -> bytes:
         """A bulk file with this raw header, signed."""
         kind = re.search(rb'"kind":"([a-z]*)","(?:layout|manifest|masked|missing)', raw)
-        hashes = {name: hashlib.sha512(data).digest() for name, (_, data) in tensors.items()}
-        digest = file_digest(raw, hashes)
+        digest = file_digest(raw, tensor_digests(tensors))
         signature = primitives.sign(self.secret(signer), kind[1].decode() if kind else "", digest)
         shapes = [(name, "U8", tensors[name][0]) for name in sorted(tensors)]
         head = build_header({"dtl": raw.decode(), "signature": signature.hex()}, shapes)
@@ -150,8 +173,42 @@ class Scene:
         edit(body)
         return canonical_json.dumps(body)
 
+    # --- ledgers
+
     def lines(self, name: str) -> list[bytes]:
         return self.read(f"job/{name}.ledger").splitlines(keepends=True)
+
+    def relinked(self, name: str, edit: Callable[[list[Json]], object]) -> bytes:
+        """A party's ledger with edited entries and right links."""
+        entries = entries_of(self.lines(name))
+        edit(entries)
+        return b"".join(linked(entries))
+
+    def cut(self, name: str, event: str, **values: object) -> bytes:
+        """A party's ledger as it was before the first line of this event with these values."""
+        entries = entries_of(self.lines(name))
+        wanted = {"event": event, **values}
+        at = next(
+            i for i, entry in enumerate(entries) if all(entry.get(k) == wanted[k] for k in wanted)
+        )
+        return b"".join(self.lines(name)[:at])
+
+
+def entries_of(lines: list[bytes]) -> list[Json]:
+    """The entries of a ledger without their links."""
+    found = [canonical_json.loads(line.rstrip(b"\n"), "") for line in lines]
+    for entry in found:
+        del entry["link"]
+    return found
+
+
+def linked(entries: list[Json]) -> list[bytes]:
+    """The lines of a ledger with these entries."""
+    lines, link = [], ""
+    for entry in entries:
+        lines.append(ledger._line(entry, link))
+        link = ledger._link(entry, link)
+    return lines
 
 
 def put(**values: object) -> Edit:

@@ -35,11 +35,13 @@ def accept(
     skip_invalid: bool,
     stack: ExitStack,
     work: Work,
+    closing: bool = False,
 ) -> tuple[list[Upload], dict[str, str]]:
     """Check the uploads; returns the accepted, and the reasons by refused file.
 
     With `skip_invalid`, uploads of another round, base or layout than most are refused; else
-    the first one that differs from the one named first is an error.
+    the first one that differs from the one named first is an error. Words of bodies are checked
+    here only with `skip_invalid` or when `closing` a round: who adds them up finds them anyway.
     """
     refused: dict[str, str] = {}
 
@@ -73,6 +75,8 @@ def accept(
             if reference:
                 uploads.check_same(upload, reference)
             uploads.check_proof(job, upload, work, len(based))
+            if skip_invalid or closing:
+                uploads.check_body(job, upload.body, upload.header.values, work)
             uploads.check_only(upload, accepted)
 
         if passes(check, upload.path):

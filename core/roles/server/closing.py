@@ -42,7 +42,7 @@ def close_round(
     if not job.masks:
         raise UsageError("this job has no masks: aggregate without closing the round")
     with ExitStack() as stack:
-        accepted, _ = accept(job, paths, None, False, stack, work)
+        accepted, _ = accept(job, paths, None, False, stack, work, closing=True)
         ledger = stack.enter_context(Ledger(key))
         for upload in accepted:
             check_first_upload(ledger, upload)
