@@ -1649,3 +1649,19 @@ def test_a_finished_upload_without_its_line_is_removed(
     assert len(pending_files(out)) == 1
     round_.upload("alice", random_arrays(1))
     assert pending_files(out) == []
+
+
+def test_responses_of_a_proof_are_in_their_ranges(new_round: NewRound) -> None:
+    key = new_round().job.public_key
+    most = (1 << (proof.witness_bits(key, 3) + 1)) - 1
+    proof.check_ranges(key, 3, proof.Proof((1,) * 8, most, (key.n - 1,) * 7))
+    for z, v in ((most + 1, 0), (0, key.n)):
+        with pytest.raises(VerificationError):
+            proof.check_ranges(key, 3, proof.Proof((1,) * 8, z, (0,) * 6 + (v,)))
+
+
+def test_padding_of_blocks_is_zero(new_round: NewRound) -> None:
+    packing = new_round().job.codec.packing
+    blocks = packing.pack(np.ones(packing.slots + 1, np.int64), 2)
+    assert packing.unpack(blocks, packing.slots + 1)[1].all()
+    assert packing.unpack(blocks, packing.slots)[1].tolist() == [True, False]
