@@ -8,6 +8,7 @@ are synchronised to the disk, as dtl's are. Everything goes in pieces, so that a
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
