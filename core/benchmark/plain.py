@@ -30,9 +30,7 @@ def measure(folder: Path, gradients: Path, values: int, uploads: int) -> Sample:
     paths = [folder / f"plain-{number}.safetensors" for number in range(CONTRIBUTORS)]
     mean = folder / "plain-mean.safetensors"
     try:
-        written = [
-            watch.time(lambda path=path: _write_upload(gradients, path))[0] for path in paths
-        ]
+        written = [watch.time(partial(_write_upload, gradients, path))[0] for path in paths]
         many = [paths[number % CONTRIBUTORS] for number in range(uploads)]
         averaged, _ = watch.time(lambda: _average(many, mean))
         opened, _ = watch.time(lambda: sum(len(piece) for piece in _pieces(mean)))

@@ -24,7 +24,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from tests.mutants.table import DEFAULT_KERNEL, ROOT, DoesNotApplyError, Mutant, load, markdown, missing_tests
+from tests.mutants.table import (
+    DEFAULT_KERNEL,
+    ROOT,
+    DoesNotApplyError,
+    Mutant,
+    load,
+    markdown,
+    missing_tests,
+)
 
 WORKERS = 2
 TIMEOUT_SECONDS = 300
