@@ -52,6 +52,7 @@ from dtl.core.files.tensors import Loaded, PlainMetadata
 from dtl.core.lattice import ring as door
 from dtl.core.lattice.parameters import MAX_UPLOADS
 from dtl.core.public import results
+from dtl.core.public import uploads as uploads_module
 from dtl.core.roles import participant
 from dtl.core.roles.participant import basis, opening, producing, revealing, stepping
 from dtl.core.roles.participant.basis import Basis
@@ -208,12 +209,13 @@ def test_a_result_is_opened_to_the_end_whatever_fails(
     given = {name: {"x": np.zeros(16000, np.float32)} for name in round_.names}
     spoiler = hostile.Spoiler(round_, round_.aggregate(round_.uploads(given)))
     limit = round_.job.fixed_point.max_sum
-    {
+    spoil: dict[str, Callable[[], None]] = {
         "a block": spoiler.spoil_block,
         "the sum of the secrets": lambda: spoiler.shift_secret(0, 500),
         "noise": lambda: spoiler.shift(0, 500),
         "range": lambda: spoiler.shift(0, (limit + 9) << 28),
-    }[kind]()
+    }
+    spoil[kind]()
     release = round_.release(spoiler.write("spoiled.enc"))
     seen = watch_the_work(round_, monkeypatch)
     round_.open(release, "a", code=4)
@@ -292,7 +294,8 @@ def another_message(half_chunk: Callable[..., bytes]) -> Callable[..., bytes]:
         data = half_chunk(key, *arguments)
         width = key.arithmetic.width
         number = int.from_bytes(data[:width], "little") * (1 + key.n) % key.n**2
-        return number.to_bytes(width, "little") + data[width:]
+        made: bytes = number.to_bytes(width, "little") + data[width:]
+        return made
 
     return changed
 
@@ -348,8 +351,10 @@ def test_what_counts_as_a_failure(entries: list[Any], release: str, failed: int)
 
 # --- a release against what a participant did and saw -----------------------------------------
 
-ALICE = {"contributors": (Contribution(participant="alice", upload=D),), "contributions": {}}
-ALICE["contributions"] = {"alice": 1}  # type: ignore[assignment]
+ALICE: dict[str, Any] = {
+    "contributors": (Contribution(participant="alice", upload=D),),
+    "contributions": {"alice": 1},
+}
 
 HISTORIES: dict[str, tuple[list[Any], ReleaseHeader]] = {
     "a second result of a round": ([entry_of_open(1, A)], release_of(manifest_of(1), B)),
@@ -532,7 +537,7 @@ def test_residues_of_a_release_are_valid(
     number = {"zero": 0, "c_0 not below N": c_0 + n, "a factor in common": 3 * p}[bad]
     residues[0, 0] = np.frombuffer(number.to_bytes(residues.shape[2], "little"), np.uint8)
     result = hostile.again(round_, round_.folder / "result.enc", "x.enc", tensors=tensors)
-    half = releasing.scheme.apply_half
+    half = scheme.apply_half
 
     def any_half(key: Any, ready: Any, secret: Any) -> Any:
         usable = ready.copy()
@@ -540,8 +545,8 @@ def test_residues_of_a_release_are_valid(
         return half(key, usable, secret)
 
     with monkeypatch.context() as patch:
-        patch.setattr(releasing.scheme, "check", lambda *_: None)
-        patch.setattr(releasing.scheme, "apply_half", any_half)
+        patch.setattr(scheme, "check", lambda *_: None)
+        patch.setattr(scheme, "apply_half", any_half)
         release = round_.release(result)
     assert events(round_, "alice") == ["upload"]
     round_.open(release, "alice", code=3)
@@ -1136,7 +1141,7 @@ def test_one_close_file_of_a_round_is_answered(new_round: NewRound) -> None:
     round_.dtl("reveal-masks", other, "--key", round_.key("a"), "-o", out, "--force", code=5)
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files ----------------------------------------------------------------------------------------
 
 
 def test_rows_are_what_was_hashed(tmp_path: Path) -> None:
@@ -1157,7 +1162,7 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
     """In v1 a participant could change its upload between the check and the product."""
     round_ = new_round()
     uploads = round_.uploads({name: random_arrays(1) for name in round_.names})
-    original, done = accepting.uploads.check_proof, []
+    original, done = uploads_module.check_proof, []
 
     def swapped(job: Any, upload: Any, *more: Any) -> None:
         original(job, upload, *more)
@@ -1169,7 +1174,7 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
                 file.seek(place)
                 file.write(bytes(range(64)))
 
-    monkeypatch.setattr(accepting.uploads, "check_proof", swapped)
+    monkeypatch.setattr(uploads_module, "check_proof", swapped)
     round_.aggregate(uploads, code=3)
     assert "aggregate" not in events(round_, "server")
 
@@ -1185,8 +1190,13 @@ def test_a_ledger_line_is_on_disk_when_it_counts(
     synced: list[int] = []
     locked: list[int] = []
     fsync, flock = os.fsync, fcntl.flock
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd)))
-    monkeypatch.setattr(fcntl, "flock", lambda fd, how: (locked.append(how), flock(fd, how)))
+
+    def noted(calls: list[int], value: int) -> int:
+        calls.append(value)
+        return value
+
+    monkeypatch.setattr(os, "fsync", lambda fd: fsync(noted(synced, fd)))
+    monkeypatch.setattr(fcntl, "flock", lambda fd, how: flock(fd, noted(locked, how)))
     with Ledger(key) as ledger:
         assert locked == [fcntl.LOCK_EX]
         before = ledger.last_link
@@ -1461,8 +1471,8 @@ def test_audit_names_who_worked_on_another_model(
     (verdict,) = round_.dtl(*audit, code=4).json["files"]
     assert verdict["base_opened_to"] == "something else"
     assert "worked on another model" in verdict["verdict"]
-    audit = ("audit", good, "--model", result, "--key", round_.key("kgc"), "--json")
-    (verdict,) = round_.dtl(*audit).json["files"]
+    words = ("audit", good, "--model", result, "--key", round_.key("kgc"), "--json")
+    (verdict,) = round_.dtl(*words).json["files"]
     assert (verdict["base_opened_to"], verdict["verdict"]) == ("what was released", "good")
 
 
@@ -1639,3 +1649,19 @@ def test_a_finished_upload_without_its_line_is_removed(
     assert len(pending_files(out)) == 1
     round_.upload("alice", random_arrays(1))
     assert pending_files(out) == []
+
+
+def test_responses_of_a_proof_are_in_their_ranges(new_round: NewRound) -> None:
+    key = new_round().job.public_key
+    most = (1 << (proof.witness_bits(key, 3) + 1)) - 1
+    proof.check_ranges(key, 3, proof.Proof((1,) * 8, most, (key.n - 1,) * 7))
+    for z, v in ((most + 1, 0), (0, key.n)):
+        with pytest.raises(VerificationError):
+            proof.check_ranges(key, 3, proof.Proof((1,) * 8, z, (0,) * 6 + (v,)))
+
+
+def test_padding_of_blocks_is_zero(new_round: NewRound) -> None:
+    packing = new_round().job.codec.packing
+    blocks = packing.pack(np.ones(packing.slots + 1, np.int64), 2)
+    assert packing.unpack(blocks, packing.slots + 1)[1].all()
+    assert packing.unpack(blocks, packing.slots)[1].tolist() == [True, False]

@@ -15,6 +15,7 @@ that a mutant that no longer applies is noticed. The tables are the .toml files 
 Where several texts have to go, `edits = [{ file = ..., old = ..., new = ... }, ...]`.
 """
 
+import ast
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,19 @@ def _mutant(group: str, plain: dict[str, Any]) -> Mutant:
     if not tests:
         raise ValueError(f"{name}: names no test")
     return Mutant(group, name, defence, edits, tests, kernel)
+
+
+def missing_tests(mutants: list[Mutant]) -> list[str]:
+    """The tests that mutants name, and that are no functions of their files."""
+    named = sorted({test for mutant in mutants for test in mutant.tests})
+    functions: dict[str, set[str]] = {}
+    for test in named:
+        file = test.partition("::")[0]
+        if file not in functions:
+            path = ROOT / file
+            tree = ast.parse(path.read_text() if path.exists() else "")
+            functions[file] = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    return [test for test in named if test.rpartition("::")[2] not in functions[test.partition("::")[0]]]
 
 
 def markdown(mutants: list[Mutant]) -> str:
