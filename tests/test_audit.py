@@ -3,15 +3,24 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+from dtl.core.ciphers import lattice
+from dtl.core.ciphers.cipher import Batch, Encoded
 from dtl.core.crypto import scheme
+from dtl.core.encoding.fixed_point import FixedPoint
 from dtl.core.files import canonical_json
-from tests.forging import Statement, header_of, resign, write
-from tests.helpers import Arrays, Cli, Round, random_arrays, residues_of
+from dtl.core.files.tensors import load_arrays
+from dtl.core.lattice import portable
+from dtl.core.lattice import ring as door
+from dtl.core.lattice.parameters import INSECURE
+from dtl.core.roles.participant import planning
+from tests.forging import Statement, header_of, resign, tensors_of, write
+from tests.helpers import CIPHERS, ONE, THREE, Arrays, Cli, Round, random_arrays, residues_of
 
 NewRound = Callable[..., Round]
 FOUR = ("a", "b", "c", "d")
@@ -37,7 +46,7 @@ class Chain:
             source = ("--model", self.models[-1]) if self.models else ("--initial", self.w0)
             model = round_.aggregate(made, *source, out=f"model-{number}.enc")
             release = round_.release(model, out=f"model-{number}.release")
-            plain = round_.open(release, "a", out=f"w{number}.safetensors")
+            plain = round_.open_all(release, out=f"w{number}.safetensors")
             self.uploads.append(made)
             self.models.append(model)
             self.opened.append(plain)
@@ -52,6 +61,11 @@ def verify(round_: Round, path: Path, *evidence: object, code: int = 0) -> dict[
     job = ("--job", round_.keys / "job.json", "--json")
     result = round_.dtl("verify", path, *job, *evidence, code=code)
     return {} if code else result.json
+
+
+def verify_error(round_: Round, path: Path, *evidence: object) -> str:
+    job = ("--job", round_.keys / "job.json")
+    return round_.dtl("verify", path, *job, *evidence, code=4).err
 
 
 def audit(round_: Round, *arguments: object, code: int = 0) -> list[dict[str, object]]:
@@ -75,7 +89,14 @@ def test_an_honest_chain_verifies_back_to_round_one(masked: Round) -> None:
         assert verify(masked, model)["product"] == "not recomputed: no uploads given"
         verify(masked, chain.uploads[number][0])
         release = masked.folder / f"model-{number + 1}.release"
-        assert "names" in str(verify(masked, release, "--model", model)["result"])
+        found = verify(masked, release, "--model", model)
+        assert (found["of"], found["recomputed"]) == (verify(masked, model)["digest"], False)
+        own = verify(masked, release, *given, "--key", masked.key("b"))
+        assert own["recomputed"]
+        assert "to this very result" in str(own["sealed"])
+        public = verify(masked, release, *given)
+        assert "the result inside is recomputed" in str(public["product"])
+        assert not public["recomputed"]
     verify(masked, masked.keys / "job.json")
     # Not from the wrong parent, not with uploads of another round, not without the start.
     verify(
@@ -133,8 +154,20 @@ def test_a_server_that_cheats_with_a_model(masked: Round) -> None:
     key = masked.job.public_key
     total = scheme.add(key, [residues_of(path) for path in chain.uploads[1][:3]])
     product = scheme.subtract(key, residues_of(parent), total)
-    forged = write(masked.folder / "left-out", header_of(model), {"residues": product}, secret)
-    verify(masked, forged, *given, code=4)
+    bodies = tensors_of(model)["body"]
+    forged = {"residues": product, "body": bodies}
+    path = write(masked.folder / "left-out", header_of(model), forged, secret)
+    assert "not the product" in verify_error(masked, path, *given)
+    # Or it changes the sum of the bodies alone.
+    codec = masked.job.codec
+    readers = [tensors_of(path)["body"].tobytes() for path in chain.uploads[1][:3]]
+    body = codec.combine_body(
+        *(335, codec.batches(335)[0], [reader_of(data) for data in readers], ()),
+        *(reader_of(tensors_of(parent)["body"].tobytes()), None),
+    )
+    forged = tensors_of(model) | {"body": np.frombuffer(body, np.uint8)}
+    path = write(masked.folder / "left-out-too", header_of(model), forged, secret)
+    assert "not the sum" in verify_error(masked, path, *given)
     for number, changes in enumerate(
         (
             {"contributions": dict.fromkeys(FOUR, 7)},
@@ -154,9 +187,14 @@ def test_a_server_that_cheats_with_a_model(masked: Round) -> None:
     assert other.read_bytes() == chain.uploads[1][2].read_bytes()
     copied = masked.keys / "c.ledger"
     copied.write_bytes(copied.read_bytes().split(b"\n")[0] + b"\n")
+    masked.open(masked.folder / "model-1.release", "c", "--force")
     swapped = masked.upload("c", random_arrays(99), "--model", chain.opened[0], out="swapped")
     uploads = [*chain.uploads[1][:2], swapped, chain.uploads[1][3]]
     verify(masked, model, "--uploads", *uploads, "--model", parent, code=4)
+
+
+def reader_of(data: bytes) -> Callable[[int, int], bytes]:
+    return lambda first, count: data[first : first + count]
 
 
 def relaid(path: Path, **changes: object) -> list[dict[str, object]]:
@@ -196,7 +234,8 @@ def test_a_release_stands_for_its_chain(masked: Round) -> None:
     models = ("--model", chain.models[1], "--model", chain.models[0])
     verify(masked, masked.folder / "model-2.release", *models)
     verify(masked, masked.folder / "model-2.release", "--model", chain.models[1])
-    verify(masked, masked.folder / "model-2.release", "--model", chain.models[0], code=4)
+    verify(masked, masked.folder / "model-2.release", "--model", chain.models[0])
+    verify(masked, masked.folder / "model-1.release", "--model", chain.models[1], code=4)
 
 
 def test_audit_does_not_accuse_without_the_base(masked: Round) -> None:
@@ -237,7 +276,9 @@ def test_a_release_to_strangers_is_refused_by_everyone(masked: Round) -> None:
 # --- audit ---------------------------------------------------------------------------------
 
 
-def test_an_honest_round_is_found_good(masked: Round) -> None:
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_an_honest_round_is_found_good(new_round: NewRound, cipher: str) -> None:
+    masked = new_round(FOUR, "--cipher", cipher, masks=True)
     chain = Chain(masked, 2)
     first = audit(masked, *chain.uploads[0], chain.models[0])
     assert [f["verdict"] for f in first] == ["good"] * 5
@@ -245,14 +286,21 @@ def test_an_honest_round_is_found_good(masked: Round) -> None:
     for base in (chain.opened[0], chain.models[0]):
         second = audit(masked, *chain.uploads[1], "--model", base)
         assert [f["verdict"] for f in second] == ["good"] * 4
-    together = audit(masked, *chain.uploads[1], chain.models[0])
-    assert [f["verdict"] for f in together] == ["good"] * 5
+    for given in (chain.models[0], masked.folder / "model-1.release"):
+        together = audit(masked, *chain.uploads[1], given)
+        assert [f["verdict"] for f in together] == ["good"] * 5
+        assert {str(f["base_opened_to"]) for f in together[:4]} == {"what was released"}
+        second = audit(masked, *chain.uploads[1], "--model", given)
+        assert [f["verdict"] for f in second] == ["good"] * 4
+    assert together[4]["kind"] == "model"
     norm = float(np.sqrt(sum((array**2).sum() for array in random_arrays(10).values())) / 4)
     assert first[0]["norm"] == pytest.approx(norm, rel=1e-3)
     assert first[0]["share_clamped"] == 0
 
 
-def test_the_center_recovers_a_model_and_an_upload_alone(masked: Round) -> None:
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_the_center_recovers_a_model_and_an_upload_alone(new_round: NewRound, cipher: str) -> None:
+    masked = new_round(FOUR, "--cipher", cipher, masks=True)
     chain = Chain(masked, 1)
     out = masked.folder / "recovered.safetensors"
     for name in ("server.key", "a.key", "b.key"):
@@ -262,7 +310,7 @@ def test_the_center_recovers_a_model_and_an_upload_alone(masked: Round) -> None:
     audit(masked, chain.uploads[0][1], "--plaintext", out, code=2)
     audit(masked, chain.uploads[0][1], "--plaintext", out, "--force")
     for name, array in load_file(out).items():
-        assert np.abs(array - random_arrays(11)[name] / 4).max() < 2**-20
+        assert np.abs(array - random_arrays(11)[name] / 4).max() < 1 / ONE
     audit(masked, *chain.uploads[0], "--plaintext", masked.folder / "x.npz", code=2)
 
 
@@ -274,7 +322,9 @@ def spoil(round_: Round, name: str, partner: str) -> None:
     path.write_bytes(canonical_json.dumps(plain))
 
 
-def test_wrong_masks_are_traced_to_their_sender(masked: Round) -> None:
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_wrong_masks_are_traced_to_their_sender(new_round: NewRound, cipher: str) -> None:
+    masked = new_round(FOUR, "--cipher", cipher, masks=True)
     spoil(masked, "c", "b")
     uploads = masked.uploads({p: random_arrays(i) for i, p in enumerate(FOUR)})
     result = masked.aggregate(uploads)
@@ -283,8 +333,9 @@ def test_wrong_masks_are_traced_to_their_sender(masked: Round) -> None:
     good = {str(v["signer"]): v["verdict"] == "good" for v in verdicts}
     assert good == {"a": True, "b": True, "c": False, "d": True, "server": False}
     bad = verdicts[2]
-    assert bad["wrongly_masked_groups"] == [0, 1, 2]
-    assert "0-2" in str(bad["verdict"])
+    assert (bad["masks"], bad["undecodable_groups"]) == ("wrong", [0, 1, 2])
+    assert "wrong masks in groups 0-2" in str(bad["verdict"])
+    assert "beyond" not in str(bad["verdict"])
     assert not verdicts[4]["opens"]
     error = masked.dtl("audit", *uploads, "--key", masked.key("kgc"), code=4).err
     assert "by c" in error
@@ -314,28 +365,103 @@ def test_malformed_groups_are_named(masked: Round, place: tuple[int, int]) -> No
     numbers = forged.numbers()
     group, column = place
     n = masked.job.N
-    numbers[8 * group + column] = numbers[8 * group + column] * (3 if column else 1 + n) % n**2
+    numbers[8 * group + column] = 3 * numbers[8 * group + column] % (n**2 if column else n)
     forged.send(numbers)
     bad = forged.write("bad.upload")
     verdict = audit(masked, bad, code=4)[0]
     assert verdict["malformed_groups"] == [group]
     assert verdict["proof"] == "does not hold"
+    numbers[8 * group] = n + 1  # no residue at all
+    forged.send(numbers)
+    bad = forged.write("worse.upload")
+    error = masked.dtl("audit", bad, "--key", masked.key("kgc"), code=3).err
+    assert f"{bad}: a residue is out of range" in error
 
 
-def test_values_out_of_range_and_clamped_ones(new_round: NewRound) -> None:
-    round_ = new_round()
-    upload = round_.upload("alice", {"x": np.array([5.0, 0, -5, 0.1], np.float32)})
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_values_out_of_range_and_clamped_ones(
+    new_round: NewRound, cipher: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round(THREE, "--cipher", cipher)
+    arrays = {"x": np.array([99.0, 0, -99, 0.1], np.float32)}
+    upload = round_.upload("alice", arrays)
     verdict = audit(round_, upload)[0]
     assert verdict["share_clamped"] == 0.5
     assert verdict["masks"] == "none"
-    forged = Statement(round_, "bob", header_of(upload), 1)
-    step = round_.job.fixed_point.max_step + 1
-    forged.blocks = round_.job.packing.pack(np.array([step, 0, -step, 1]), 7).reshape(1, 7, -1)
-    forged.residues = forged.honest()
-    bad = forged.write("bad")
+    with monkeypatch.context() as patch:  # bob does not clamp
+        patch.setattr(FixedPoint, "max_step", property(lambda format: format.max_value))
+        bad = round_.upload("bob", arrays)
     verdict = audit(round_, bad, code=4)[0]
     assert verdict["share_out_of_range"] == 0.5
+    assert "2 values beyond +-" in str(verdict["verdict"])
     assert verdict["proof"] == "holds"
+
+
+@pytest.mark.parametrize("masks", [False, True])
+def test_secrets_and_errors_out_of_range_are_named(
+    new_round: NewRound, masks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_ = new_round(FOUR, masks=masks)
+    arrays = {"x": np.full(2000, 0.5, np.float32)}  # two polynomials
+    arithmetic = type(door.arithmetic(INSECURE))
+    sample, encode = arithmetic.sample, lattice._LatticeEncoder.encode
+
+    def large(self: door.LatticeArithmetic, key: bytes, polynomial: int | None = None) -> Any:
+        small = sample(self, key, polynomial)
+        small[130] = -65
+        return small
+
+    def noisy(self: Any, values: Any, batch: Batch) -> Any:
+        made = encode(self, values, batch)
+        total = portable.Sum(self._shape, 0, 2)
+        total.add(np.frombuffer(made.body, np.uint8))
+        for word, prime in zip(total._words[1], INSECURE.primes, strict=True):
+            word[3] = (word[3] + 129) % prime  # -64 + 129 is beyond
+        return Encoded(made.blocks, total.body().tobytes(), made.clamped)
+
+    uploads = [round_.upload(p, arrays) for p in "ab"]
+    with monkeypatch.context() as patch:
+        patch.setattr(arithmetic, "sample", large)
+        uploads.append(round_.upload("c", arrays))
+    with monkeypatch.context() as patch:
+        patch.setattr(lattice._LatticeEncoder, "encode", noisy)
+        uploads.append(round_.upload("d", arrays))
+    verdicts = audit(round_, *uploads, code=4)
+    assert [verdict["verdict"] == "good" for verdict in verdicts] == [True, True, False, False]
+    assert {str(verdict["masks"]) for verdict in verdicts} == (
+        {"as they should be"} if masks else {"none"}
+    )
+    assert {str(verdict["proof"]) for verdict in verdicts} == {"holds"}
+    assert verdicts[2]["secret_out_of_range"] == [1]
+    assert verdicts[2]["verdict"] == "the secret is beyond +-64 in groups 1"
+    assert verdicts[3]["errors_out_of_range"] == [1]
+    assert verdicts[3]["verdict"] == "errors are beyond +-64 in polynomials 1 of the body"
+    assert verdicts[3]["largest"] == 0.125
+
+
+def test_another_model_than_the_one_released_is_named(
+    masked: Round, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain = Chain(masked, 1)
+    honest = [masked.upload(p, random_arrays(1), "--model", chain.opened[0]) for p in "ab"]
+    with monkeypatch.context() as patch:  # a random tag does not excuse anybody
+        patch.setattr(planning, "opened_tag", lambda *_: "5" * 32)
+        random = masked.upload("c", random_arrays(1), "--model", chain.opened[0])
+    verdicts = audit(masked, *honest, random, "--model", chain.models[0], code=4)
+    told = [verdict["base_opened_to"] for verdict in verdicts]
+    assert told == ["what was released", "what was released", "something else"]
+    assert "the fault is c's own" in str(verdicts[2]["verdict"])
+    assert verdicts[2]["masks"] == "as they should be"
+    # What the metadata of a plain file says is a claim: nobody is accused of it.
+    claimed = masked.folder / "claimed.safetensors"
+    loaded = load_arrays(chain.opened[0])
+    assert loaded.metadata is not None
+    claim = loaded.metadata.model_copy(update={"opened": "7" * 128})
+    save_file(dict(loaded.arrays), claimed, {"dtl": claim.encode().decode()})
+    verdicts = audit(masked, *honest, "--model", claimed, code=4)
+    for verdict in verdicts:
+        assert "own" not in str(verdict["verdict"])
+        assert "--model is not what was released" in str(verdict["verdict"])
 
 
 def test_audit_takes_only_signed_files_unless_told(new_round: NewRound) -> None:
@@ -401,9 +527,9 @@ def uneven(new_round: NewRound) -> tuple[Round, Path]:
         model = round_.aggregate(
             uploads, "--initial" if number == 1 else "--model", model, out=f"{number}.enc"
         )
-        plain = round_.open(
-            round_.release(model, out=f"r{number}"), "a", out=f"w{number}.safetensors"
-        )
+        release = round_.release(model, out=f"r{number}")
+        openers = "a" if number == 5 else "abc"
+        plain = round_.open_all(release, openers, out=f"w{number}.safetensors")
     return round_, model
 
 
@@ -425,6 +551,14 @@ def test_policies(uneven: tuple[Round, Path]) -> None:
     may_open(round_, model, "--admit", "a", code=2)
 
 
+def go_on(round_: Round, number: int, present: str, source: Path) -> Path:
+    """The next model, from the one that was opened last."""
+    given = {p: random_arrays(number) for p in present}
+    plain = round_.folder / f"w{number - 1}.safetensors"
+    uploads = round_.uploads(given, "--model", plain, tag=str(number))
+    return round_.aggregate(uploads, "--model", source, out=f"{number}.enc")
+
+
 def test_an_admission_is_given_once_and_lapses(uneven: tuple[Round, Path]) -> None:
     round_, model = uneven
     release = round_.release(model, "--admit", "d", out="admitting")
@@ -432,26 +566,27 @@ def test_an_admission_is_given_once_and_lapses(uneven: tuple[Round, Path]) -> No
     shown = round_.dtl("inspect", release, "--job", round_.keys / "job.json", "--json").json
     assert "admitted" in shown["may_open"]["d"]
     assert "3 rounds" in shown["may_open"]["a"]
-    round_.open(release, "d", out="d.safetensors")
+    round_.open_all(release, "bd", out="bd.safetensors")
     assert may_open(round_, model, "--admit", "d") == ["a", "b", "c", "d"]  # the same result
     assert may_open(round_, model) == ["a", "b", "c"]
-
-    def go_on(number: int, present: str, source: Path, plain: str) -> Path:
-        given = {p: random_arrays(number) for p in present}
-        uploads = round_.uploads(given, "--model", round_.folder / plain, tag=str(number))
-        return round_.aggregate(uploads, "--model", source, out=f"{number}.enc")
-
-    # No contribution follows: no grant, and no second admission.
-    without = go_on(6, "ab", model, "w5.safetensors")
+    # No contribution follows: no grant, no second admission, and so nothing to go on from.
+    without = go_on(round_, 6, "ab", model)
     assert may_open(round_, without) == ["a", "b", "c"]
     may_open(round_, without, "--admit", "d", code=5)
     may_open(round_, without, "--to", "d", code=5)
-    # It contributes after all: from then on it is one of them.
     plain = round_.open(round_.release(without, out="r6"), "a", out="w6.safetensors")
-    assert plain.exists()
-    with_d = go_on(7, "abd", without, "w6.safetensors")
+    round_.upload("d", random_arrays(7), "--model", plain, code=5)
+
+
+def test_who_contributes_after_an_admission_is_one_of_them(uneven: tuple[Round, Path]) -> None:
+    round_, model = uneven
+    release = round_.release(model, "--admit", "d", out="admitting")
+    round_.open_all(release, "bd", out="bd.safetensors")
+    with_d = go_on(round_, 6, "abd", model)
+    assert header_of(with_d)["contributions"] == {"a": 4, "b": 4, "c": 1, "d": 1}
     assert may_open(round_, with_d) == ["a", "b", "c", "d"]
     may_open(round_, with_d, "--admit", "d", code=2)
+    round_.open_all(round_.release(with_d, out="r6"), "abcd", out="w6.safetensors")
 
 
 def test_participants_notice_a_second_admission(uneven: tuple[Round, Path]) -> None:

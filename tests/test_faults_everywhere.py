@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from dtl.core.ciphers.direct import DirectCipher
+from dtl.core.ciphers.lattice import LatticeCipher
 from dtl.core.encoding.fixed_point import Stochastic
 from dtl.core.files import atomic, ledger
 from dtl.core.files.job_file import Job
 from dtl.core.files.ledger import ReleaseEntry
 from dtl.core.files.tensors import read_arrays
+from dtl.core.lattice import ring as door
 from tests.robustness import faults
 from tests.robustness.faults import check_case, check_recovers, run_child
 from tests.robustness.fuzzing import Corpus, Tally, run_cases
@@ -310,17 +313,25 @@ def test_no_secret_stands_in_a_public_file(job: Scenario, corpus: Corpus) -> Non
     assert "mask_seeds" in " ".join(found)
 
 
-def test_the_search_finds_a_vector_that_is_not_encrypted(job: Scenario) -> None:
+@pytest.mark.parametrize("cipher", [LatticeCipher, DirectCipher])
+def test_the_search_finds_a_vector_that_is_not_encrypted(
+    cipher: type[LatticeCipher] | type[DirectCipher], job: Scenario
+) -> None:
     found, file = Job.load(job.end / "job/job.json"), job.end / "alice-1.grads.npz"
-    runs = plaintext_runs(file, found)
+    codec = cipher(found.public_key, found.fixed_point)
+    runs = plaintext_runs(file, found, codec)
     values = np.concatenate([array.ravel() for array in read_arrays(file)[0].values()])
     clear = [file.read_bytes(), values.tobytes(), values[5:].astype("<f4").tobytes()]
     for seed, weight in product(range(4), (1, 1 / 4)):
         rounding = Stochastic(bytes([seed] * 32))
         steps, _ = found.fixed_point.encode_step(values, weight, rounding, 0)
         clear += [steps.tobytes(), steps.astype("<i4").tobytes()]
+        if isinstance(codec, LatticeCipher):
+            arithmetic, shape = door.arithmetic(codec.ring), codec.shape(len(steps))
+            clear.append(arithmetic.encode_public(steps, shape, 0).tobytes())
+            continue
         # The sign of the last value is that of its block.
-        signs = {np.sign(steps[k - 1]): found.packing.pack(steps[:k], 1) for k in range(6, 11)}
+        signs = {np.sign(steps[k - 1]): codec.packing.pack(steps[:k], 1) for k in range(5, 11)}
         clear += [block.tobytes() for block in signs.values()]
         assert {-1, 1} <= signs.keys()
     for data in clear:

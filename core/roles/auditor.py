@@ -26,6 +26,7 @@ from dtl.core.files.key_file import Key, KgcSecrets
 from dtl.core.files.schema import FORMAT
 from dtl.core.files.tensor_writer import TensorWriter, check_suffix
 from dtl.core.files.tensors import PlainMetadata, VectorDigest
+from dtl.core.lattice.parameters import BOUND, MAX_UPLOADS
 from dtl.core.parallel import DEFAULT_WORK, Work
 from dtl.core.public import releases, uploads
 from dtl.core.public.uploads import Upload
@@ -95,11 +96,6 @@ def audit(
             subject.path: auditor.judge(subject, options.plaintext, options.force)
             for subject in bulk
         }
-        # A good upload shows what its base was; look again at those that were in doubt.
-        doubtful = [s for s in bulk if verdicts[s.path].facts.get("masks") == "unknown"]
-        for subject in doubtful:
-            if auditor.knows(subject.header):
-                verdicts[subject.path] = auditor.judge(subject, None, False)
         _judge_server(bulk, verdicts)
         return [*verdicts.values(), *(auditor.judge_reveal(*reveal) for reveal in reveals)]
 
@@ -171,6 +167,8 @@ class _Auditor:
         self._exponents = tuple(a + b for a, b in zip(*key.halves, strict=True))
         self._vectors: dict[str, str] = {}  # digest of a base -> what it opened to
         self._certain: set[str] = set()  # bases whose vector is no claim of a plain file
+        # (name, round, base) where the participant's own tag says that it used that vector.
+        self._confirmed: set[tuple[str, int, str]] = set()
 
     def learn_bases(
         self, model: Path | None, bulk: Sequence[_Subject], given: _Subject | None
@@ -197,7 +195,9 @@ class _Auditor:
                 source.close()
             base = known.base
             if known.base and known.opened:
-                self._vectors[known.base] = known.opened
+                self._vectors.setdefault(known.base, known.opened)
+                if not known.round:  # V0 was computed from the tensors
+                    self._certain.add(known.base)
         if model is not None and base not in needed:
             raise FormatError(f"{model}: not what any of the uploads is based on")
 
@@ -228,9 +228,42 @@ class _Auditor:
         verdict.facts["malformed_groups"] = malformed
         if malformed:
             verdict.problems.append(f"malformed groups: {ranges(malformed)}")
+        if isinstance(header, UploadHeader) and not decoding.good:
+            decoding, measured = self._judge_pad(subject, decoding, measured, verdict)
         self._judge_masks(header, decoding, verdict)
         self._judge_values(header, decoding, measured, verdict)
         return verdict
+
+    def _judge_pad(
+        self, subject: _Subject, strict: Decoding, measured: Measurement, verdict: Verdict
+    ) -> tuple[Decoding, Measurement]:
+        """Tell a secret or errors beyond their bound from an upload that does not open at all.
+
+        What opens where the widest bound is allowed was made with coefficients out of range.
+        Returns what to judge the rest of the upload by.
+        """
+        if not self._job.codec.body_bytes(subject.header.values):
+            return strict, measured
+        wide, values = (
+            self._decode(subject, [], MAX_UPLOADS),
+            Measurement(self._job, subject.header),
+        )
+        for integers in wide:
+            values.add(integers)
+        if wide.bad_groups:
+            return strict, measured
+        secret = strict.bad_groups
+        # With a secret out of range, the strict decoding says nothing of the errors.
+        errors = [] if secret else sorted({*strict.bad_polynomials} - {*wide.bad_polynomials})
+        if secret:
+            verdict.facts["secret_out_of_range"] = secret
+            verdict.problems.append(f"the secret is beyond +-{BOUND} in groups {ranges(secret)}")
+        if errors:
+            verdict.facts["errors_out_of_range"] = errors
+            verdict.problems.append(
+                f"errors are beyond +-{BOUND} in polynomials {ranges(errors)} of the body"
+            )
+        return wide, values
 
     def _write_plaintext(
         self,
@@ -256,10 +289,6 @@ class _Auditor:
                 output.commit()
                 verdict.facts["plaintext"] = str(plaintext)
 
-    def knows(self, header: UploadHeader | ResultHeader) -> bool:
-        """Whether it is certain what the base of an upload opened to."""
-        return isinstance(header, UploadHeader) and not self._doubt(header.base)
-
     def judge_reveal(self, path: Path, reveal: Reveal) -> Verdict:
         """The verdict on a reveal: are its keys those of the center's seeds?"""
         verdict = Verdict(str(path), reveal.kind, reveal.signer)
@@ -270,16 +299,25 @@ class _Auditor:
         }
         if reveal.keys != expected:
             problem = f"the keys that {reveal.signer} revealed are wrong"
-            verdict.problems.append(problem + self._doubt(reveal.base))
+            doubt = self._doubt(reveal.signer, reveal.round, reveal.base)
+            verdict.problems.append(problem + doubt)
         return verdict
 
-    def _decode(self, subject: _Subject, malformed: list[int]) -> Decoding:
-        """The integers of a file without its masks; groups that are not well-formed are noted."""
+    def _decode(
+        self, subject: _Subject, malformed: list[int], uploads_in_it: int | None = None
+    ) -> Decoding:
+        """The integers of a file without its masks; groups that are not well-formed are noted.
+
+        Secrets and errors may be as large as those of `uploads_in_it` uploads, by default as
+        many as are in the file.
+        """
         header, body = subject.header, subject.body
+        if uploads_in_it is None:
+            uploads_in_it = header.uploads if isinstance(header, ResultHeader) else 1
         return self._job.codec.decode(
             bytes.fromhex(self._job.digest),
             header.values,
-            header.uploads if isinstance(header, ResultHeader) else 1,
+            uploads_in_it,
             self._open(subject, malformed),
             body.read if body else None,
             self._mask_keys(header),
@@ -293,7 +331,7 @@ class _Auditor:
         rows = subject.container.rows(RESIDUES)
         pieces = spans(self._job.codec.groups(subject.header.values), AUDIT_GROUPS)
         common = (self._job.public_key, self._trapdoor, self._exponents, rows)
-        tasks = ((*common, *piece) for piece in pieces)
+        tasks = ((*common, *piece, str(subject.path)) for piece in pieces)
         step = f"open {subject.path.name}"
         # The strong trapdoor's powers are gmpy2's.
         for blocks, bad in self._work.map(step, _open_chunk, tasks, len(pieces), kernel=False):
@@ -315,23 +353,29 @@ class _Auditor:
 
     def _judge_tag(self, header: UploadHeader, verdict: Verdict) -> None:
         """Whether the participant's base opened, for it, to what was really released."""
-        if header.base is None or header.base not in self._vectors:
+        if header.base is None:
             return
         seed = masks.audit_seed(self._secrets.mask_root, bytes.fromhex(self._job.id), header.signer)
-        base, opened = header.base, self._vectors[header.base]
+        base, opened = header.base, self._assumed(header.base)
         tag = masks.opened_tag(seed, header.round, bytes.fromhex(base), bytes.fromhex(opened))
-        verdict.facts["base_opened_to"] = "what was released"
-        if tag.hex() != header.opened_tag:
-            verdict.facts["base_opened_to"] = "something else"
-            doubt = (
-                f"the fault is {header.signer}'s own, unless it shows a release by the server "
-                "that opens to something else"
-                if base in self._certain
-                else "or --model is not what was released: give the encrypted model instead"
+        if tag.hex() == header.opened_tag:
+            self._confirmed.add((header.signer, header.round, base))
+            verdict.facts["base_opened_to"] = (
+                "what was released" if base in self._certain else "what is assumed of it"
             )
-            verdict.problems.append(
-                f"worked on another model than the one that {base[:16]}... opens to; {doubt}"
-            )
+            return
+        if base not in self._vectors:
+            return
+        verdict.facts["base_opened_to"] = "something else"
+        doubt = (
+            f"the fault is {header.signer}'s own, unless it shows a release by the server "
+            "that opens to something else"
+            if base in self._certain
+            else "or --model is not what was released: give the encrypted model instead"
+        )
+        verdict.problems.append(
+            f"worked on another model than the one that {base[:16]}... opens to; {doubt}"
+        )
 
     def _judge_masks(
         self, header: UploadHeader | ResultHeader, decoding: Decoding, verdict: Verdict
@@ -342,10 +386,8 @@ class _Auditor:
             verdict.facts["masks"] = "none"
         elif decoding.good:
             verdict.facts["masks"] = "as they should be"
-            if header.base:  # so what was assumed of the base is true
-                self._vectors.setdefault(header.base, header.base)
         else:
-            doubt = self._doubt(header.base)
+            doubt = self._doubt(header.signer, header.round, header.base)
             verdict.facts["masks"] = "unknown" if doubt else "wrong"
             verdict.problems.append(f"wrong masks in {_places(decoding)}{doubt}")
 
@@ -370,11 +412,21 @@ class _Auditor:
                 "of the round to see whose"
             )
 
-    def _doubt(self, base: str | None) -> str:
-        """What to add to an accusation that rests on a guess about the base."""
-        if base is None or base in self._vectors:
+    def _doubt(self, name: str, number: int, base: str | None) -> str:
+        """What to add to an accusation that rests on a guess, or a claim, about the base.
+
+        There is no doubt where the participant's own tag names what the audit assumes. That
+        somebody else's masks are as assumed shows nothing: it may have been the liar.
+        """
+        if base is None or base in self._certain or (name, number, base) in self._confirmed:
             return ""
+        if base in self._vectors:
+            return ", or --model is not what was released: give the encrypted model instead"
         return ", or a base that the audit does not know: add --model"
+
+    def _assumed(self, base: str) -> str:
+        """What a base opened to, as far as is known; others count as initial weights."""
+        return self._vectors.get(base, base)
 
     def _mask_keys(self, header: UploadHeader | ResultHeader) -> list[masks.Key]:
         """What takes the masks off an upload."""
@@ -390,8 +442,7 @@ class _Auditor:
     def _round_key(self, own: str, other: str, number: int, base: str | None) -> bytes:
         first, second = sorted((own, other))
         seed = masks.pair_seed(self._secrets.mask_root, bytes.fromhex(self._job.id), first, second)
-        # Initial weights are their own digest; a base that is not known counts as such.
-        opened = self._vectors.get(base, base) if base else None
+        opened = self._assumed(base) if base else None
         return masks.round_key(
             seed,
             bytes.fromhex(self._job.digest),
@@ -421,13 +472,17 @@ def _open_chunk(
     rows: Rows,
     first: int,
     count: int,
+    what: str,
 ) -> tuple[Bytes, list[int]]:
     """Strongly opened blocks [G, 7, block width], and the groups that are not well-formed.
 
     The audit check of a group: (c_j (1 + m_j N)^-1)^2 = lift(c_0)^(2 (a_j + b_j)).
     """
     residues = uploads.read_groups(key, rows, first, count)
-    scheme.check(key, residues)
+    try:
+        scheme.check(key, residues)
+    except FormatError as error:
+        raise FormatError(f"{what}: {error.message}") from None
     blocks = scheme.strong_open(trapdoor, residues[:, 1:])
     good = scheme.well_formed(key, residues, blocks, exponents)
     malformed = [first + int(index) for index in np.flatnonzero(~good)]

@@ -317,10 +317,11 @@ def check_ledger(path: Path, what: str) -> None:
 
 
 def distinct(scenario: Scenario) -> list[Stage]:
-    """One stage a command, and open-model to both kinds of file."""
+    """One stage a command, open-model to both kinds of file, and encrypt-grads --own-step."""
     found: dict[tuple[str, str], Stage] = {}
     for stage in scenario.stages:
         suffix = Path(stage.step.output).suffix if stage.step.name == "open-model" else ""
+        suffix += "--own-step" if "--own-step" in stage.step.words else ""
         found.setdefault((stage.step.name, suffix), stage)
     return list(found.values())
 

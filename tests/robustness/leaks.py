@@ -9,12 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from dtl.core.ciphers.cipher import Cipher
+from dtl.core.ciphers.direct import DirectCipher
+from dtl.core.ciphers.lattice import LatticeCipher
+from dtl.core.encoding.packing import Packing
 from dtl.core.files.job_file import Job
 from dtl.core.files.key_file import Key, KgcSecrets, ParticipantSecrets, ServerSecrets
 from dtl.core.files.tensors import read_arrays
+from dtl.core.lattice.parameters import NOISE_BITS, Shape
 
 SHORTEST = 12  # bytes: what is shorter stands somewhere by chance
-SMALL = 1000  # integers up to that do, too
+SMALL = 100  # integers up to that do, too
 
 
 class Needles:
@@ -79,13 +84,15 @@ def plaintext_values(path: Path) -> list[bytes]:
     return [text.encode() for text in texts if len(text) >= SHORTEST]
 
 
-def plaintext_runs(path: Path, job: Job) -> list[bytes]:
+def plaintext_runs(path: Path, job: Job, codec: Cipher | None = None) -> list[bytes]:
     """Any two neighbours of a plain file, as they would stand in a binary file unencrypted.
 
-    As float32 or float64; as fixed-point integers of 32 or 64 bits, or packed into a block.
-    Integers may be weighted with 1/n, and rounded down or up. What is near zero is left out:
-    it stands somewhere by chance.
+    As float32 or float64; as fixed-point integers of 32 or 64 bits, packed into a block, or
+    encoded in the words of a body, by `codec` or by the job's own cipher. Integers may be
+    weighted with 1/n, and rounded down or up. What is near zero is left out: it stands
+    somewhere by chance.
     """
+    codec = codec or job.codec
     arrays, _ = read_arrays(path)
     values = np.concatenate([array.ravel() for array in arrays.values()])
     found = set()
@@ -96,7 +103,11 @@ def plaintext_runs(path: Path, job: Job) -> list[bytes]:
         low = [int(x) for x in np.floor(values * weight * job.fixed_point.one)]
         for place, pair in enumerate(pairwise(low)):
             if min(map(abs, pair)) > SMALL:
-                found |= {*_integers(*pair), *_packed(*pair, place % job.packing.slots, job)}
+                found |= {*_integers(*pair)}
+                if isinstance(codec, DirectCipher):
+                    found |= {*_packed(*pair, place, codec.packing, job)}
+        if isinstance(codec, LatticeCipher):
+            found |= {*_words(low, codec.shape(len(low)))}
     return sorted(found)
 
 
@@ -105,12 +116,28 @@ def _integers(first: int, second: int) -> Iterator[bytes]:
         yield np.array([first + up, second + up_too], dtype).tobytes()
 
 
-def _packed(first: int, second: int, slot: int, job: Job) -> Iterator[bytes]:
+def _words(integers: list[int], shape: Shape) -> Iterator[bytes]:
+    """The 48 low bits of every word of a body without its pad, where two values are not small."""
+    for polynomial in range(shape.polynomials):
+        m, start = shape.coefficients(polynomial), polynomial * shape.capacity
+        for coefficient in range(m):
+            values = integers[start + coefficient : start + shape.values_in(polynomial) : m]
+            if sum(abs(value) > SMALL for value in values) < 2:
+                continue
+            for ups in product((0, 1), repeat=len(values)):
+                slots = [value + up for value, up in zip(values, ups, strict=True)]
+                x = sum(value << (shape.slot_bits * place) for place, value in enumerate(slots))
+                for prime in shape.ring.primes:
+                    yield ((x << NOISE_BITS) % prime % (1 << 48)).to_bytes(6, "little")
+
+
+def _packed(first: int, second: int, place: int, packing: Packing, job: Job) -> Iterator[bytes]:
     """Two slots of a block: of signed numbers, modulo N where it is negative, or all biased.
 
     The slots below lend or carry at most one.
     """
-    bits, slots = job.slot_bits, job.packing.slots
+    bits, slots = job.slot_bits, packing.slots
+    slot = place % slots
     if slot + 1 == slots:
         return
     bias = sum(1 << (bits * number + bits - 1) for number in range(slots))

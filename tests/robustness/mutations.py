@@ -4,7 +4,6 @@ Every function takes a source of chance and a file's bytes, and returns other by
 exception says that the mutation cannot be done with that file (no JSON in it, say).
 """
 
-import hashlib
 import io
 import json
 import struct
@@ -18,6 +17,7 @@ from dtl.core.files import canonical_json
 from dtl.core.files.container import file_digest
 from dtl.core.files.job_file import signed_digest
 from dtl.core.files.safetensors import build_header
+from tests.forging import digest_of
 
 Mutation = Callable[[Random, bytes], bytes]
 
@@ -304,7 +304,7 @@ def tensor_bytes(chance: Random, data: bytes) -> bytes:
     shape, content = header[name]["shape"], body[start:end]
     match chance.randrange(2):
         case 0:
-            content = _residues(chance, content)
+            content = (_words if name == "body" else _residues)(chance, content)
         case _:
             shape, content = chance.choice(
                 [([len(content)], content), (shape[::-1], content), ([0], b""), ([1], b"x")]
@@ -325,6 +325,15 @@ def _residues(chance: Random, data: bytes) -> bytes:
     return (data[:place] + number + data[place + width :])[: len(data)]
 
 
+def _words(chance: Random, data: bytes) -> bytes:
+    """A body with the low bits of a word changed, or the high bits of four (PROTOCOL, 10)."""
+    place = chance.randrange(max(1, len(data) - 6))
+    low = chance.choice([bytes(6), b"\xff" * 6, chance.randbytes(6), data[:6]])
+    changed = data[:place] + low + data[place + 6 :]
+    high = bytes([chance.choice([0, 0xFF, 0x55, 0xAA])])
+    return chance.choice([changed, data[:-1] + high, changed[:-1] + high])[: len(data)]
+
+
 def sign_anew(kind: str, secret: bytes, data: bytes) -> bytes:
     """A bulk file or a document with a valid signature; any exception for what is neither."""
     return _sign_document(kind, secret, data) if data[:1] == b"{" else _sign_file(secret, data)
@@ -334,7 +343,7 @@ def _sign_file(secret: bytes, data: bytes) -> bytes:
     header, body = _split(data)
     raw = header.pop("__metadata__")["dtl"]
     contents = {name: body[slice(*entry["data_offsets"])] for name, entry in header.items()}
-    hashes = {name: hashlib.sha512(content).digest() for name, content in contents.items()}
+    hashes = {name: digest_of(name, content) for name, content in contents.items()}
     kind = json.loads(raw)["kind"]
     signature = primitives.sign(secret, kind, file_digest(_encode(raw), hashes))
     ordered = [(name, "U8", header[name]["shape"]) for name in sorted(header)]

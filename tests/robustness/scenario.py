@@ -2,7 +2,8 @@
 
 Four participants, insecure keys of 256 bits, one group of values. In round 1 dave is missing:
 the round is closed, masks are revealed, dave is admitted. In round 2 all four are there, and
-the bare sum is released.
+the bare sum is released. In round 3 they add up gradients of another program, and step along
+the sum on their own.
 """
 
 import os
@@ -14,6 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import cycle
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors.numpy import save_file
 
 from dtl.cli import app
 from dtl.core.roles import key_center
@@ -74,7 +79,7 @@ def _opened(name: str, number: int, suffix: str) -> Step:
 def steps() -> list[Step]:
     """Every command that writes, in the order of a job of two rounds, and a simulation."""
     first = " ".join(f"{name}-1.upload" for name in PRESENT)
-    second = " ".join(f"{name}-2.upload" for name in NAMES)
+    second, third = (" ".join(f"{name}-{n}.upload" for name in NAMES) for n in (2, 3))
     reveals = " ".join(f"{name}.reveal" for name in PRESENT)
     closing = f"--close round-1.close --reveals {reveals}"
     job, server = "--job job/job.json", "--key job/server.key"
@@ -127,7 +132,8 @@ def steps() -> list[Step]:
             "release-model",
             "model-1.release",
             f"release-model model-1.enc {server} --admit dave -o model-1.release",
-            f"verify model-1.release {job} --model model-1.enc",
+            f"verify model-1.release {job} --initial w0.safetensors --uploads {first} "
+            f"--reveals {reveals} --key job/alice.key",
         ),
         *(_opened(name, 1, suffix) for name, suffix in zip(NAMES, cycle(SUFFIXES), strict=False)),
         _step(
@@ -162,14 +168,42 @@ def steps() -> list[Step]:
         _step(
             "open-model",
             "alice-sum-2.npz",
-            "open-model sum-2.release --key job/alice.key -o alice-sum-2.npz",
+            f"open-model sum-2.release --key job/alice.key -o alice-sum-2.npz --uploads {second}",
+        ),
+        *(
+            _step(
+                "encrypt-grads",
+                f"{name}-3.upload",
+                f"encrypt-grads plain.safetensors --round 3 --key job/{name}.key "
+                f"-o {name}-3.upload",
+            )
+            for name in NAMES
+        ),
+        _step("aggregate", "sum-3.enc", f"aggregate {third} {server} -o sum-3.enc"),
+        _step(
+            "release-model", "sum-3.release", f"release-model sum-3.enc {server} -o sum-3.release"
+        ),
+        *(
+            _step(
+                "open-model",
+                f"{name}-sum-3.npz",
+                f"open-model sum-3.release --key job/{name}.key -o {name}-sum-3.npz",
+            )
+            for name in NAMES[:2]
         ),
         _step(
             "apply-sum",
-            "alice-w2.npz",
-            "apply-sum alice-sum-2.npz --model alice-w1.safetensors --optimizer adam --lr 0.1 "
-            "--state-out adam-2.npz -o alice-w2.npz",
-            "evaluate --model alice-w2.npz --data shards/test.npz",
+            "alice-w3.npz",
+            "apply-sum alice-sum-3.npz --model alice-w1.safetensors --key job/alice.key "
+            "--optimizer adam --lr 0.1 --state-out adam-3.npz -o alice-w3.npz",
+            "evaluate --model alice-w3.npz --data shards/test.npz",
+        ),
+        _step(
+            "encrypt-grads",
+            "bob-4.upload",
+            "encrypt-grads plain.safetensors --model bob-w1.npz --own-step --key job/bob.key "
+            "-o bob-4.upload",
+            "audit bob-4.upload --key job/kgc.key --model sum-3.enc",
         ),
         _step(
             "flower-config",
@@ -259,6 +293,7 @@ def play(folder: Path, until: str | None = None) -> Scenario:
     here = Path.cwd()
     work, stages = folder / "work", []
     work.mkdir(parents=True)
+    save_file(_gradients(), work / "plain.safetensors")
     (work / "data.csv").write_text("\n".join(["a,b,c,class", *_rows()]) + "\n")
     try:
         os.chdir(work)
@@ -282,6 +317,14 @@ def _must(words: tuple[str, ...]) -> None:
     code = app.run(command(words))
     if code:
         raise AssertionError(f"{' '.join(words)}: exit code {code}")
+
+
+def _gradients() -> dict[str, NDArray[np.float32]]:
+    """What another program computed on the model: it names no base."""
+    chance = np.random.default_rng(1)
+    shapes = {"layer1.bias": (2,), "layer1.weight": (3, 2), "layer2.bias": (3,)}
+    shapes |= {"layer2.weight": (2, 3)}
+    return {name: chance.normal(0, 0.1, s).astype(np.float32) for name, s in shapes.items()}
 
 
 def _rows() -> Iterator[str]:
