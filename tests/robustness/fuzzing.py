@@ -84,7 +84,8 @@ class Corpus:
         self.needles = Needles()
         with printed_to(folder / "log"):
             self._add_job(folder)
-            self._add_vectors(folder / "vectors")
+            for title in ("three-rounds", "sums"):  # of both ciphers
+                self._add_vectors(title, folder / f"vectors-{title}")
 
     def _add_job(self, folder: Path) -> None:
         signing = self._keys(self.job.end / "job")
@@ -105,13 +106,15 @@ class Corpus:
             if file.suffix in (".json", ".jsonl", ".safetensors", ".npz", ".enc", ".release"):
                 self.targets.setdefault("resume", []).append(Target(ran, resume, file, signing))
 
-    def _add_vectors(self, scene: Path) -> None:
+    def _add_vectors(self, title: str, scene: Path) -> None:
         scene.mkdir()
-        make.write_files(scene, make.read("three-rounds.json")["files"])
+        make.write_files(scene, make.read(f"{title}.json")["files"])
         stage, signing = Stage(0, Step("vectors", (), ""), scene), self._keys(scene / "job")
         for path in sorted(make.HERE.glob("*ed/*.json")):
             case = json.loads(path.read_text())
             words, changes = tuple(case["command"]), case["files"]
+            if case["job"] != title:
+                continue
             if not changes and not case["exit"]:
                 self._add(stage, words, signing)
             if len(changes) == 1 and isinstance(splice := next(iter(changes.values())), dict):
