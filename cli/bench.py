@@ -15,7 +15,11 @@ EXAMPLE = """Example:
 
   dtl bench
 
-  pip install 'dtl-toolkit[bench]' && dtl bench --values 1000000   # with its peers"""
+  pip install 'dtl-toolkit[bench]' && dtl bench   # with its peers
+
+  dtl bench --values 100000000 --repeat 1 --no-peers   # some 6 GB of files
+
+  dtl bench --uploads 1000 --repeat 1"""
 
 
 _STEPS = ("encrypt", "serialise", "add", "release", "open")
@@ -24,6 +28,14 @@ _STEPS = ("encrypt", "serialise", "add", "release", "open")
 def bench(
     values: Annotated[int, typer.Option(help="Values an upload holds.")] = defaults.BENCH_VALUES,
     repeat: Annotated[int, typer.Option(help="Turns; medians are shown.")] = defaults.BENCH_REPEAT,
+    uploads: Annotated[
+        int,
+        typer.Option(
+            help="Uploads that are added up, and participants. More than 3 are made for the "
+            "purpose: one participant encrypts with the masks of all, and the others' uploads "
+            "hold the same gradients without masks."
+        ),
+    ] = 3,
     workers: Annotated[int, typer.Option(min=1, help="Cores that each contender may use.")] = 1,
     no_peers: Annotated[
         bool, typer.Option("--no-peers", help="Leave other libraries out.")
@@ -40,15 +52,17 @@ def bench(
     json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Time every step of a round of three participants, for each kernel and installed peer.
+    """Time every step of a round: both ciphers, each kernel, a plain round, installed peers.
 
     Microseconds a value, medians; round = 3 x (encrypt + serialise) + add + release + open;
-    ratio = that of the round to the first line's; bytes = of an upload, a value.
+    ratio = that of the round to the first line's; bytes = of an upload, a value. The plain
+    round averages float32 files with numpy. What is slow a value is measured with fewer
+    values (--json says how many).
     """
     from dtl.core import benchmark
 
     wanted = benchmark.BenchmarkOptions(
-        values, repeat, workers, modulus_bits, insecure, peers=not no_peers
+        values, repeat, workers, uploads, modulus_bits, insecure, peers=not no_peers
     )
     output = Output(json, quiet)
     with output.progress() as progress:

@@ -523,6 +523,10 @@ def test_a_node_recomputes_a_release_before_its_half_is_used(party: Party) -> No
     assert {"model", *(f"upload-{n}" for n in range(4))} == set(party.courier.along)
 
 
+def reader(data: bytes) -> Callable[[int, int], bytes]:
+    return lambda first, count: data
+
+
 def test_a_node_that_recomputes_never_tries_a_result_that_its_uploads_do_not_give(
     party: Party, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -535,14 +539,7 @@ def test_a_node_that_recomputes_never_tries_a_result_that_its_uploads_do_not_giv
         one[0] = 1
         for batch, piece in zip(codec.batches(values), pieces, strict=True):
             change = codec.combine_body(values, batch, (), (), None, one)
-            yield codec.combine_body(
-                values,
-                batch,
-                [lambda first, count, data=change: data],
-                (),
-                lambda first, count, data=piece: data,
-                None,
-            )
+            yield codec.combine_body(values, batch, [reader(change)], (), reader(piece), None)
 
     lying = SimpleNamespace(**vars(results) | {"bodies": off_by_one})
     monkeypatch.setattr("dtl.core.roles.server.aggregating.results", lying)
@@ -587,7 +584,7 @@ def test_after_an_attempt_that_failed_a_node_opens_nothing_more(party: Party) ->
     eager = {"after-failure": True, "after_failure": True}
     node = party.load("a", **eager)
     with pytest.raises(NotAllowedError, match="has failed before"):
-        Node(node.key, node.folder, node.own, node.settings | eager).receive(good.read_bytes())
+        Node(node.key, node.folder, node.own, {**node.settings, **eager}).receive(good.read_bytes())
 
 
 # --- what Flower needs -----------------------------------------------------------------------
@@ -725,7 +722,7 @@ def test_a_node_tells_that_a_step_failed_and_nothing_of_why(
             patch.setattr(Node, "load", lambda own, run: None)
             patch.setattr(client, "Message", lambda content, reply_to: content)
             context = SimpleNamespace(node_config={}, run_config={})
-            reply: Any = client._answer(message, context, fail)  # type: ignore[arg-type]
+            reply: Any = client._answer(message, context, fail)
         assert payload.is_failure(reply)
         told.add(repr(reply))
     assert len(told) == 1
@@ -739,7 +736,7 @@ def test_the_server_says_that_a_step_failed_and_where_to_look(
     pytest.importorskip("flwr")
     from dtl.core.flower import payload, server
 
-    nodes = server.Nodes(SimpleNamespace(), party.round.job, 1, False)  # type: ignore[arg-type]
+    nodes = server.Nodes(SimpleNamespace(), party.round.job, 1, False)
     reply = payload.pack_failure()
     reply.config_records["dtl"]["code"] = 7  # whatever a node says besides is not read
     with pytest.MonkeyPatch.context() as patch:

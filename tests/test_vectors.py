@@ -5,7 +5,8 @@ import contextlib
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from tests.helpers import Cli
 from tests.second import commands, documents, lattice, releases, results, values
 from tests.second.encoding import Refused
 from tests.second.intermediates import Witnessed
-from tests.vectors import faults, intermediates, make, scenarios
+from tests.vectors import command_lines as lines
+from tests.vectors import intermediates, make, scenarios
 from tests.vectors.published import Published
 
 CASES = sorted(
@@ -39,30 +41,34 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-Scenes = dict[str, Path]
+@dataclass
+class GoodFiles:
+    """A folder with the good files of a job, which every test puts back."""
+
+    folder: Path
+    files: dict[str, bytes]
+
+    def restore(self, found: dict[str, bytes]) -> None:
+        """Put back what differs in `found`, the files that there are."""
+        for name in found.keys() - self.files.keys():
+            (self.folder / name).unlink()
+        for name, data in self.files.items():
+            if found.get(name) != data:
+                (self.folder / name).write_bytes(data)
+
+
+Scenes = dict[str, GoodFiles]
 
 
 @pytest.fixture(scope="module")
 def scenes(tmp_path_factory: pytest.TempPathFactory) -> Scenes:
-    """The good files of each job, which every test puts back."""
+    """The good files of each job."""
     found = {}
-    for title in (faults.LATTICE, faults.DIRECT):
-        found[title] = tmp_path_factory.mktemp(title)
-        make.write_files(found[title], make.read(f"{title}.json")["files"])
+    for title in (lines.LATTICE, lines.DIRECT):
+        folder = tmp_path_factory.mktemp(title)
+        make.write_files(folder, make.read(f"{title}.json")["files"])
+        found[title] = GoodFiles(folder, content(folder))
     return found
-
-
-@contextlib.contextmanager
-def restored(scene: Path) -> Iterator[None]:
-    """Put back what a test changes in a folder."""
-    good = content(scene)
-    yield
-    found = content(scene)
-    for name in found.keys() - good.keys():
-        (scene / name).unlink()
-    for name, data in good.items():
-        if found.get(name) != data:
-            (scene / name).write_bytes(data)
 
 
 def test_the_second_implementation_shares_no_code_with_dtl() -> None:
@@ -88,11 +94,11 @@ def test_dtl_makes_the_vectors_anew() -> None:
     assert make.differences(make.make(), make.stored()) == []
 
 
-@pytest.mark.parametrize("title", [faults.LATTICE, faults.DIRECT])
+@pytest.mark.parametrize("title", [lines.LATTICE, lines.DIRECT])
 def test_the_second_implementation_computes_every_intermediate(title: str, scenes: Scenes) -> None:
     """It makes secrets, errors, randomness, witnesses and commitments anew, too."""
     vector = make.read(f"{title}.json")
-    found = Witnessed(scenes[title], vector["inputs"]).everything()
+    found = Witnessed(scenes[title].folder, vector["inputs"]).everything()
     assert found == vector["intermediates"]
 
 
@@ -154,7 +160,7 @@ def test_the_second_implementation_agrees_on_a_fresh_lattice_job(tmp_path: Path)
             assert opened.content == opened.metadata["content"] == result["content"]
             assert opened.data == as_written(result["integers"])
     with contextlib.chdir(tmp_path):
-        for command in (faults.SUM, faults.MODEL_OUT, faults.FIRST, faults.VERIFY):
+        for command in (lines.SUM, lines.MODEL_OUT, lines.FIRST, lines.VERIFY):
             commands.run(command.split())
 
 
@@ -168,11 +174,11 @@ def test_the_second_implementation_agrees_on_a_fresh_direct_job(tmp_path: Path) 
     model = [w - e for w, e in zip(at, steps, strict=True)]
     assert found["results"]["model-1.enc"]["integers"] == model
     with contextlib.chdir(tmp_path):
-        for command in (faults.DIRECT_MODEL, faults.DIRECT_VERIFY, faults.DIRECT_RECOMPUTED):
+        for command in (lines.DIRECT_MODEL, lines.DIRECT_VERIFY, lines.DIRECT_RECOMPUTED):
             commands.run(command.split())
 
 
-@pytest.mark.parametrize("slot_bits", [3, 33, 52])
+@pytest.mark.parametrize("slot_bits", [4, 52])
 def test_the_second_implementation_agrees_on_several_polynomials(
     slot_bits: int, tmp_path: Path
 ) -> None:
@@ -187,7 +193,8 @@ def test_the_second_implementation_agrees_on_several_polynomials(
             (folder / f"{name}.grads").write_bytes(scenarios.tensors(name, 4.0, specs))
             words = f"{name}.grads --key job/{name}.key --round 1 -o {name}-1.upload"
             dtl("encrypt-grads", *words.split())
-        dtl(*["aggregate", "a-1.upload", "b-1.upload", "--key", "job/server.key", "-o", "sum-1.enc"])
+        words = "a-1.upload b-1.upload --key job/server.key -o sum-1.enc"
+        dtl("aggregate", *words.split())
         dtl(*["release-model", "sum-1.enc", "--key", "job/server.key", "-o", "sum-1.release"])
         dtl(*["open-model", "sum-1.release", "--key", "job/a.key", "-o", "a.sum-1.safetensors"])
 
@@ -195,8 +202,7 @@ def test_the_second_implementation_agrees_on_several_polynomials(
     assert found["results"]["sum-1.enc"]["integers"] == total(found, 1)
     opened = values.read_plain(tmp_path / "a.sum-1.safetensors")
     assert opened.floats() == list(map(float, total(found, 1)))
-    if slot_bits > 3:  # there are no two integers in three bits for two participants
-        assert any(total(found, 1))
+    assert any(total(found, 1))
 
 
 def test_the_transform_of_the_second_implementation_is_what_its_document_says() -> None:
@@ -272,13 +278,17 @@ def second(command: list[str]) -> int:
 def test_both_give_the_exit_code_of_the_vector(case: str, dtl: Cli, scenes: Scenes) -> None:
     vector = make.read(f"{case}.json")
     assert (vector["exit"] == 0) == case.startswith("accepted/")
-    folder = scenes[vector["job"]]
-    with restored(folder), contextlib.chdir(folder):
-        make.write_files(folder, vector["files"])
-        before = content(folder)
-        assert second(vector["command"]) == vector["exit"]
-        done = dtl(*vector["command"], code=vector["exit"])
-        after = content(folder)
+    scene = scenes[vector["job"]]
+    changed = make.changed(scene.files, vector["files"])
+    before = {name: data for name, data in (scene.files | changed).items() if data is not None}
+    with contextlib.chdir(scene.folder):
+        make.write_files(scene.folder, vector["files"])
+        try:
+            assert second(vector["command"]) == vector["exit"]
+            done = dtl(*vector["command"], code=vector["exit"])
+        finally:
+            after = content(scene.folder)
+            scene.restore(after)
     if "/older-" in case:
         assert "dtl/v1" in done.err
     if "tried" in vector:  # half b was used, and the ledger says so before

@@ -21,13 +21,15 @@ KEY_BITS = 3072
 CKKS_DEGREE, CKKS_MODULI, CKKS_SCALE = 8192, [60, 40, 60], 2.0**40
 DEVIATION = 0.01
 FEW, SOME, MANY = 6, 100, 2000  # values that slow, faster and fast peers encrypt
+CKKS_VALUES = 1_000_000  # as many as CKKS encrypts; they are all in memory
 
 Measure = Callable[[int], Sample]
 
 
-def gradients(values: int) -> NDArray[np.float64]:
-    """What everyone encrypts."""
-    return np.linspace(-3 * DEVIATION, 3 * DEVIATION, values)
+def gradients(values: int, start: int = 0, count: int | None = None) -> NDArray[np.float64]:
+    """What everyone encrypts: `count` of `values` gradients, from `start` on."""
+    places = np.arange(start, start + (values if count is None else count), dtype=np.float64)
+    return DEVIATION * (6 * places / max(1, values - 1) - 3)
 
 
 @cache
@@ -45,6 +47,7 @@ def tenseal(values: int) -> Sample:
     """TenSEAL: CKKS vectors of 4096 values."""
     import tenseal as library
 
+    values = min(values, CKKS_VALUES)
     context, watch, slots = _tenseal(), Stopwatch(values), CKKS_DEGREE // 2
     reals = gradients(values)
     cuts = [reals[start : start + slots] for start in range(0, values, slots)]

@@ -1,4 +1,4 @@
-"""What is measured: one round of three participants, step by step, by one contender."""
+"""What is measured: one round of three participants, or of more, step by step, by one contender."""
 
 import time
 from collections.abc import Callable
@@ -14,9 +14,9 @@ CONTRIBUTORS = 3
 class Sample:
     """Microseconds a value of every step, and bytes a value of an upload.
 
-    `encrypt` and `serialise` are one participant's, `aggregate` adds up three uploads,
-    `release` is what only dtl has, `open` turns the result into numbers again. A step that
-    is part of another, or does not exist, is 0. `values` were measured.
+    `encrypt` and `serialise` are one participant's, `aggregate` adds up all uploads, `release`
+    is what only dtl has, `open` turns the result into numbers again. A step that is part of
+    another, or does not exist, is 0. `values` were measured, `uploads` were added up.
     """
 
     values: int
@@ -26,12 +26,13 @@ class Sample:
     release: float
     open: float
     upload_bytes: float
+    uploads: int = CONTRIBUTORS
 
     @property
     def round(self) -> float:
-        """A whole round: three participants' uploads, the sum, and one opening."""
+        """A whole round: all participants' uploads, the sum, and one opening."""
         own = self.encrypt + self.serialise
-        return CONTRIBUTORS * own + self.aggregate + self.release + self.open
+        return self.uploads * own + self.aggregate + self.release + self.open
 
 
 class Stopwatch:

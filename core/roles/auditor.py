@@ -96,11 +96,6 @@ def audit(
             subject.path: auditor.judge(subject, options.plaintext, options.force)
             for subject in bulk
         }
-        # A good upload shows what its base was; look again at those that were in doubt.
-        doubtful = [s for s in bulk if verdicts[s.path].facts.get("masks") == "unknown"]
-        for subject in doubtful:
-            if auditor.knows(subject.header):
-                verdicts[subject.path] = auditor.judge(subject, None, False)
         _judge_server(bulk, verdicts)
         return [*verdicts.values(), *(auditor.judge_reveal(*reveal) for reveal in reveals)]
 
@@ -172,6 +167,8 @@ class _Auditor:
         self._exponents = tuple(a + b for a, b in zip(*key.halves, strict=True))
         self._vectors: dict[str, str] = {}  # digest of a base -> what it opened to
         self._certain: set[str] = set()  # bases whose vector is no claim of a plain file
+        # (name, round, base) where the participant's own tag says that it used that vector.
+        self._confirmed: set[tuple[str, int, str]] = set()
 
     def learn_bases(
         self, model: Path | None, bulk: Sequence[_Subject], given: _Subject | None
@@ -198,7 +195,9 @@ class _Auditor:
                 source.close()
             base = known.base
             if known.base and known.opened:
-                self._vectors[known.base] = known.opened
+                self._vectors.setdefault(known.base, known.opened)
+                if not known.round:  # V0 was computed from the tensors
+                    self._certain.add(known.base)
         if model is not None and base not in needed:
             raise FormatError(f"{model}: not what any of the uploads is based on")
 
@@ -290,10 +289,6 @@ class _Auditor:
                 output.commit()
                 verdict.facts["plaintext"] = str(plaintext)
 
-    def knows(self, header: UploadHeader | ResultHeader) -> bool:
-        """Whether it is certain what the base of an upload opened to."""
-        return isinstance(header, UploadHeader) and not self._doubt(header.base)
-
     def judge_reveal(self, path: Path, reveal: Reveal) -> Verdict:
         """The verdict on a reveal: are its keys those of the center's seeds?"""
         verdict = Verdict(str(path), reveal.kind, reveal.signer)
@@ -304,7 +299,8 @@ class _Auditor:
         }
         if reveal.keys != expected:
             problem = f"the keys that {reveal.signer} revealed are wrong"
-            verdict.problems.append(problem + self._doubt(reveal.base))
+            doubt = self._doubt(reveal.signer, reveal.round, reveal.base)
+            verdict.problems.append(problem + doubt)
         return verdict
 
     def _decode(
@@ -357,23 +353,29 @@ class _Auditor:
 
     def _judge_tag(self, header: UploadHeader, verdict: Verdict) -> None:
         """Whether the participant's base opened, for it, to what was really released."""
-        if header.base is None or header.base not in self._vectors:
+        if header.base is None:
             return
         seed = masks.audit_seed(self._secrets.mask_root, bytes.fromhex(self._job.id), header.signer)
-        base, opened = header.base, self._vectors[header.base]
+        base, opened = header.base, self._assumed(header.base)
         tag = masks.opened_tag(seed, header.round, bytes.fromhex(base), bytes.fromhex(opened))
-        verdict.facts["base_opened_to"] = "what was released"
-        if tag.hex() != header.opened_tag:
-            verdict.facts["base_opened_to"] = "something else"
-            doubt = (
-                f"the fault is {header.signer}'s own, unless it shows a release by the server "
-                "that opens to something else"
-                if base in self._certain
-                else "or --model is not what was released: give the encrypted model instead"
+        if tag.hex() == header.opened_tag:
+            self._confirmed.add((header.signer, header.round, base))
+            verdict.facts["base_opened_to"] = (
+                "what was released" if base in self._certain else "what is assumed of it"
             )
-            verdict.problems.append(
-                f"worked on another model than the one that {base[:16]}... opens to; {doubt}"
-            )
+            return
+        if base not in self._vectors:
+            return
+        verdict.facts["base_opened_to"] = "something else"
+        doubt = (
+            f"the fault is {header.signer}'s own, unless it shows a release by the server "
+            "that opens to something else"
+            if base in self._certain
+            else "or --model is not what was released: give the encrypted model instead"
+        )
+        verdict.problems.append(
+            f"worked on another model than the one that {base[:16]}... opens to; {doubt}"
+        )
 
     def _judge_masks(
         self, header: UploadHeader | ResultHeader, decoding: Decoding, verdict: Verdict
@@ -384,10 +386,8 @@ class _Auditor:
             verdict.facts["masks"] = "none"
         elif decoding.good:
             verdict.facts["masks"] = "as they should be"
-            if header.base:  # so what was assumed of the base is true
-                self._vectors.setdefault(header.base, header.base)
         else:
-            doubt = self._doubt(header.base)
+            doubt = self._doubt(header.signer, header.round, header.base)
             verdict.facts["masks"] = "unknown" if doubt else "wrong"
             verdict.problems.append(f"wrong masks in {_places(decoding)}{doubt}")
 
@@ -412,11 +412,21 @@ class _Auditor:
                 "of the round to see whose"
             )
 
-    def _doubt(self, base: str | None) -> str:
-        """What to add to an accusation that rests on a guess about the base."""
-        if base is None or base in self._vectors:
+    def _doubt(self, name: str, number: int, base: str | None) -> str:
+        """What to add to an accusation that rests on a guess, or a claim, about the base.
+
+        There is no doubt where the participant's own tag names what the audit assumes. That
+        somebody else's masks are as assumed shows nothing: it may have been the liar.
+        """
+        if base is None or base in self._certain or (name, number, base) in self._confirmed:
             return ""
+        if base in self._vectors:
+            return ", or --model is not what was released: give the encrypted model instead"
         return ", or a base that the audit does not know: add --model"
+
+    def _assumed(self, base: str) -> str:
+        """What a base opened to, as far as is known; others count as initial weights."""
+        return self._vectors.get(base, base)
 
     def _mask_keys(self, header: UploadHeader | ResultHeader) -> list[masks.Key]:
         """What takes the masks off an upload."""
@@ -432,8 +442,7 @@ class _Auditor:
     def _round_key(self, own: str, other: str, number: int, base: str | None) -> bytes:
         first, second = sorted((own, other))
         seed = masks.pair_seed(self._secrets.mask_root, bytes.fromhex(self._job.id), first, second)
-        # Initial weights are their own digest; a base that is not known counts as such.
-        opened = self._vectors.get(base, base) if base else None
+        opened = self._assumed(base) if base else None
         return masks.round_key(
             seed,
             bytes.fromhex(self._job.digest),

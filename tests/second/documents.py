@@ -112,7 +112,12 @@ class Job:
 
 
 def read_job(path: Path) -> Job:
-    body = exactly(encoding.loads(path.read_bytes()), JOB)
+    return _job(path.read_bytes())
+
+
+@cache
+def _job(raw: bytes) -> Job:
+    body = exactly(encoding.loads(raw), JOB)
     require(body["format"] == FORMAT, 3, "another format")
     identity = from_hex(body["id"], 16)
     require(type(body["masks"]) is bool, 3, "masks must be true or false")
@@ -315,7 +320,12 @@ def _has_halves(job: Job, secret: dict[str, Any]) -> bool:
 
 def read_key(path: Path, job_path: Path, passphrase: bytes = b"") -> tuple[Key, Job]:
     """A key with its job; every check, in order."""
-    body = encoding.loads(path.read_bytes())
+    return _key(path.read_bytes(), job_path.read_bytes(), passphrase)
+
+
+@cache
+def _key(raw: bytes, job_raw: bytes, passphrase: bytes) -> tuple[Key, Job]:
+    body = encoding.loads(raw)
     require(isinstance(body, dict), 3, "not a key")
     require(body.get("format") == FORMAT, 3, "another format")
     owner = name(body.get("name"))
@@ -326,7 +336,7 @@ def read_key(path: Path, job_path: Path, passphrase: bytes = b"") -> tuple[Key, 
     if "ledger" in public:
         from_hex(public["ledger"], 16)
     rest = {key: value for key, value in body.items() if key not in public}
-    job = read_job(job_path)
+    job = _job(job_raw)
     require(public["job"] == job.digest.hex(), 4, "of another job")
     require(from_base64(public["kgc"]) == job.sign["kgc"], 4, "of another center")
     if "box" in rest:

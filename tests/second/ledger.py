@@ -74,7 +74,8 @@ def read(path: Path, key: Key) -> list[Entry]:
     lines = path.read_bytes().split(b"\n")
     if _is_torn(lines[-1]):
         lines.pop()
-    entries, link, older = [], b"", False
+    entries: list[Entry] = []
+    link, older = b"", False
     for line in lines:
         try:
             entry = encoding.loads(line)

@@ -44,8 +44,17 @@ def read(job: Job, upload: Bulk) -> Proof:
     )
 
 
+_checked: dict[bytes, Proof] = {}
+
+
 def check(job: Job, upload: Bulk) -> Proof:
-    """The proof, or it is refused; the residues with it."""
+    """The proof, or it is refused; the residues with it. What holds is not computed again."""
+    if upload.digest not in _checked:  # the digest binds the job, too
+        _checked[upload.digest] = _check(job, upload)
+    return _checked[upload.digest]
+
+
+def _check(job: Job, upload: Bulk) -> Proof:
     group = job.group
     proof = read(job, upload)
     residues = upload.residues(job)

@@ -10,7 +10,7 @@ from typing import Any
 from tests.second import bulk, documents, lattice, masks, proof, values
 from tests.second.bulk import Bulk
 from tests.second.documents import Document, Job
-from tests.second.encoding import from_base64, require
+from tests.second.encoding import FORMAT, from_base64, require
 from tests.second.group import Blocks, Residues
 from tests.second.lattice import Body
 
@@ -139,8 +139,8 @@ def orphaned(
     for owner, keys in seen.items():
         blocks = masks.mask(job, owner, keys, groups)
         total.blocks = masks.combine(job, total.blocks, blocks, 1)
-        body = masks.mask_body(owner, keys, shape) if job.lattice else []
-        total.body = lattice.combine(shape.ring, total.body, body)
+        added = masks.mask_body(owner, keys, shape) if job.lattice else []
+        total.body = lattice.combine(shape.ring, total.body, added)
     return total
 
 
@@ -171,7 +171,7 @@ def manifest(
     first = uploads[0].header
     digests = {upload.header["signer"]: upload.digest.hex() for upload in uploads}
     found = {
-        "format": documents.FORMAT,
+        "format": FORMAT,
         "kind": "model" if start else "sum",
         "job": job.digest.hex(),
         "signer": "server",

@@ -2,53 +2,56 @@
 
 from collections.abc import Callable, Iterator
 
-from tests.vectors import faults, forging
-from tests.vectors.faults import DIRECT, LATTICE, Fault
+from tests.vectors import command_lines as lines
+from tests.vectors import forging
+from tests.vectors.command_lines import DIRECT, LATTICE
+from tests.vectors.faults import Fault, edits
 from tests.vectors.scenarios import PASSPHRASE
-from tests.vectors.scene import Changes, Scene
+from tests.vectors.scene import Changes, Scene, entries_of, put
 
 GOOD = {
-    "aggregate-sum": faults.SUM,
-    "aggregate-model": faults.MODEL_OUT,
-    "aggregate-initial": faults.FIRST,
-    "audit": faults.AUDIT,
-    "audit-later": faults.AUDIT_LATER,
-    "encrypt": faults.ENCRYPT,
-    "encrypt-again": f"{faults.AGAIN} --accept-differencing",
-    "open": faults.OPEN,
-    "open-first": faults.OPEN_SUM,
-    "open-recomputed": faults.OPEN_RECOMPUTED,
-    "open-sum-recomputed": f"{faults.OPEN_SUM} --uploads {faults.UPLOADS}",
+    "aggregate-sum": lines.SUM,
+    "aggregate-skipping": f"{lines.SUM} --skip-invalid",
+    "aggregate-model": lines.MODEL_OUT,
+    "aggregate-initial": lines.FIRST,
+    "audit": lines.AUDIT,
+    "audit-later": lines.AUDIT_LATER,
+    "encrypt": lines.ENCRYPT,
+    "encrypt-again": f"{lines.AGAIN} --accept-differencing",
+    "open": lines.OPEN,
+    "open-first": lines.OPEN_SUM,
+    "open-recomputed": lines.OPEN_RECOMPUTED,
+    "open-sum-recomputed": f"{lines.OPEN_SUM} --uploads {lines.UPLOADS}",
     "release-again": "release-model sum-3.enc --key job/server.key -o out",
-    "release-model": faults.RELEASE,
-    "release-admitting": f"{faults.RELEASE} --admit dave",
-    "verify-upload": f"verify {faults.A} --job job/job.json",
-    "verify-upload-late": f"verify {faults.LATE} --job job/job.json",
-    "reveal-again": faults.REVEAL,
+    "release-model": lines.RELEASE,
+    "release-admitting": f"{lines.RELEASE} --admit dave",
+    "verify-upload": f"verify {lines.A} --job job/job.json",
+    "verify-upload-late": f"verify {lines.LATE} --job job/job.json",
+    "reveal-again": lines.REVEAL,
     "verify-close": "verify round-2.close --job job/job.json",
-    "verify-job": faults.JOB,
-    "verify-model": faults.VERIFY,
-    "verify-sum": faults.VERIFY_SUM,
+    "verify-job": lines.JOB,
+    "verify-model": lines.VERIFY,
+    "verify-sum": lines.VERIFY_SUM,
     "verify-release": "verify model-2.release --job job/job.json --model model-2.enc",
-    "verify-release-opened": faults.VERIFY_RELEASE,
-    "verify-release-recomputed": faults.VERIFY_ALL,
-    "verify-sum-release": (f"verify sum-3.release --key job/carol.key --uploads {faults.UPLOADS}"),
+    "verify-release-opened": lines.VERIFY_RELEASE,
+    "verify-release-recomputed": lines.VERIFY_ALL,
+    "verify-sum-release": (f"verify sum-3.release --key job/carol.key --uploads {lines.UPLOADS}"),
     "verify-sum-release-without-key": (
-        f"verify sum-3.release --job job/job.json --uploads {faults.UPLOADS}"
+        f"verify sum-3.release --job job/job.json --uploads {lines.UPLOADS}"
     ),
 }
 GOOD_DIRECT = {
-    "aggregate": faults.DIRECT_SUM,
-    "aggregate-initial": faults.DIRECT_MODEL,
-    "apply-sum": faults.APPLY,
-    "apply-sum-again": faults.APPLY.replace("bob", "alice"),
-    "audit": faults.DIRECT_AUDIT,
-    "encrypt-initial": faults.ENCRYPT_FIRST,
-    "encrypt-own-step": faults.OWN_STEP,
-    "encrypt-stepped": faults.STEPPED,
-    "open": faults.DIRECT_OPEN,
-    "open-recomputed": faults.DIRECT_RECOMPUTED,
-    "verify": faults.DIRECT_VERIFY,
+    "aggregate": lines.DIRECT_SUM,
+    "aggregate-initial": lines.DIRECT_MODEL,
+    "apply-sum": lines.APPLY,
+    "apply-sum-again": lines.APPLY.replace("bob", "alice"),
+    "audit": lines.DIRECT_AUDIT,
+    "encrypt-initial": lines.ENCRYPT_FIRST,
+    "encrypt-own-step": lines.OWN_STEP,
+    "encrypt-stepped": lines.STEPPED,
+    "open": lines.DIRECT_OPEN,
+    "open-recomputed": lines.DIRECT_RECOMPUTED,
+    "verify": lines.DIRECT_VERIFY,
 }
 
 
@@ -69,19 +72,21 @@ def accepted() -> Iterator[Fault]:
         return {"job/alice.ledger": scene.read("job/alice.ledger")[:-1]}
 
     def boxed(scene: Scene) -> dict[str, bytes]:
-        return {"job/alice.key": faults._box(scene), "passphrase": PASSPHRASE}
+        return {"job/alice.key": edits.box(scene), "passphrase": PASSPHRASE}
 
     def before_any(scene: Scene) -> dict[str, bytes]:
         return {"job/server.ledger": scene.lines("server")[0]}
 
-    yield Fault("good-close", "the round is not closed yet", faults.CLOSE, 0, before_any)
-    yield Fault("ledger-torn", "a torn last line is cut off", faults.OPEN, 0, torn)
-    yield Fault("ledger-grown", "zeros at the end are cut off", faults.OPEN, 0, grown)
-    yield Fault("ledger-line-end-lost", "only the last line end is lost", faults.OPEN, 0, unended)
+    named = edits.gradients_named()
+    yield Fault("good-encrypt-named", "no --model", lines.ENCRYPT_NAMED, 0, named)
+    yield Fault("good-close", "the round is not closed yet", lines.CLOSE, 0, before_any)
+    yield Fault("ledger-torn", "a torn last line is cut off", lines.OPEN, 0, torn)
+    yield Fault("ledger-grown", "zeros at the end are cut off", lines.OPEN, 0, grown)
+    yield Fault("ledger-line-end-lost", "only the last line end is lost", lines.OPEN, 0, unended)
     yield Fault(
         "key-boxed",
         "a key under a passphrase",
-        f"{faults.OPEN} --passphrase-file passphrase",
+        f"{lines.OPEN} --passphrase-file passphrase",
         0,
         boxed,
     )
@@ -97,20 +102,20 @@ def _attempts() -> Iterator[Fault]:
 
     def same(scene: Scene) -> Changes:
         ledger = scene.read("job/alice.ledger")
-        tried = next(e for e in faults.entries_of(ledger.splitlines()) if e["event"] == "tried")
+        tried = next(e for e in entries_of(ledger.splitlines()) if e["event"] == "tried")
         cut = scene.cut("alice", "open")
         return {"job/alice.ledger": cut} if tried["round"] == 1 else {}
 
-    failed = faults._ledger("carol", faults._tried(2**32 - 1))
-    yield fault("same", "the same release was tried, and not opened", faults.OPEN, same)
-    after = f"{faults.OPEN_SUM} --after-failure"
+    failed = edits.ledger("carol", edits.tried(2**32 - 1))
+    yield fault("same", "the same release was tried, and not opened", lines.OPEN, same)
+    after = f"{lines.OPEN_SUM} --after-failure"
     yield fault("after-failure", "an attempt of another round has failed", after, failed)
     yield fault("no-failure", "--after-failure without a failure", after, lambda scene: {})
     yield fault(
         "gone-on",
         "an attempt has failed, and the owner has gone on after it",
-        faults.OPEN_SUM,
-        faults._ledger("carol", faults._gone_on),
+        lines.OPEN_SUM,
+        edits.ledger("carol", edits.gone_on),
     )
 
 
@@ -120,32 +125,32 @@ def _unnoticed() -> Iterator[Fault]:
 
     def larger(scene: Scene) -> Changes:
         file = "sum-3.release"
-        return {file: forging.released(scene, file, None, faults._plus_one)}
+        return {file: forging.released(scene, file, None, edits.plus_one)}
 
     def larger_direct(scene: Scene) -> Changes:
-        edit, file = faults._residue_plus(0, 1, 1), "sum-1.release"
+        edit, file = edits.residue_plus(0, 1, 1), "sum-1.release"
         return {file: forging.released(scene, file, None, edit)}
 
-    yield Fault("result-unit", unit, faults.OPEN_SUM, 0, larger)
-    yield Fault("direct-result-unit", unit, faults.DIRECT_OPEN, 0, larger_direct, DIRECT)
-    a, late = faults.A, faults.LATE
+    yield Fault("result-unit", unit, lines.OPEN_SUM, 0, larger)
+    yield Fault("direct-result-unit", unit, lines.DIRECT_OPEN, 0, larger_direct, DIRECT)
+    a, late = lines.A, lines.LATE
     for name, about, command, change in (
         (
             "upload-error",
             "an error beyond 64; only an audit sees it",
-            faults.SUM,
-            lambda scene: {a: forging.proven(scene, a, body=faults._plus(1000))},
+            lines.SUM,
+            lambda scene: {a: forging.proven(scene, a, body=edits.plus(1000))},
         ),
         (
             "upload-tag",
             "another opened tag; only an audit sees it",
             f"verify {late} --job job/job.json",
-            faults._proven_header(late, faults.put(opened_tag=faults.TAG)),
+            edits.proven_header(late, put(opened_tag=lines.TAG)),
         ),
         (
             "upload-made-again",
             "another proof of the same upload",
-            faults.SUM,
+            lines.SUM,
             lambda scene: {a: forging.proven(scene, a), "job/server.ledger": _closed(scene)},
         ),
     ):

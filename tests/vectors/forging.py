@@ -21,7 +21,6 @@ from dtl.core.files.headers import ResultHeader
 from dtl.core.files.key_file import Key
 from dtl.core.files.ledger import Ledger, UploadEntry
 from dtl.core.roles.participant.basis import Basis
-from tests.vectors.intermediates import Witnessed
 from tests.vectors.scene import Edit, Scene, Tensors, tensor_digests
 
 Numbers = list[int]
@@ -48,7 +47,7 @@ def proven(
     if body:
         shape, data = tensors["body"]
         tensors["body"] = shape, body(data)
-    witnessed = Witnessed(scene.folder, scene.dtl.inputs)
+    witnessed = scene.witnessed
     path = scene.folder / name
     encrypted = witnessed.opened(path)
     if blocks:

@@ -59,6 +59,7 @@ class Witnessed:
         self.folder, self.inputs = folder, inputs
         self.job = Job.load(folder / "job/job.json")
         self.center, self.server = self.key("kgc"), self.key("server")
+        self._opened: dict[Path, Bytes] = {}
 
     def key(self, name: str) -> Key:
         return Key.load(self.folder / f"job/{name}.key", self.folder / "job/job.json", bytes)
@@ -68,7 +69,10 @@ class Witnessed:
 
     def opened(self, path: Path) -> Bytes:
         """Blocks [G, 7, block width], by the strong trapdoor."""
-        return scheme.strong_open(self.center.trapdoor, residues_of(path)[:, 1:])
+        if path not in self._opened:
+            residues = residues_of(path)[:, 1:]
+            self._opened[path] = scheme.strong_open(self.center.trapdoor, residues)
+        return self._opened[path]
 
     def everything(self) -> dict[str, Any]:
         found: dict[str, Any] = {

@@ -41,19 +41,30 @@ def files_of(folder: Path) -> dict[str, str]:
     return {str(path.relative_to(folder)): _base64(path.read_bytes()) for path in paths}
 
 
-def write_files(folder: Path, files: Mapping[str, Any]) -> None:
-    """Put files into a folder: whole ones in base64, splices of what is there, None: removed."""
+def changed(good: Mapping[str, bytes], files: Mapping[str, Any]) -> dict[str, bytes | None]:
+    """The files of a vector: whole ones are in base64, splices are of good ones; None: removed."""
+    found: dict[str, bytes | None] = {}
     for name, given in files.items():
+        if given is None:
+            found[name] = None
+        elif isinstance(given, str):
+            found[name] = base64.b64decode(given)
+        else:
+            found[name] = spliced(good[name], given)
+    return found
+
+
+def write_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Put the files of a vector into a folder, which has the good ones."""
+    good = {name: (folder / name).read_bytes() for name in files if (folder / name).exists()}
+    for name, data in changed(good, files).items():
         path = folder / name
         path.parent.mkdir(exist_ok=True, mode=0o700)
-        if given is None:
+        if data is None:
             path.unlink()
             continue
         path.touch(mode=0o600)
-        if isinstance(given, str):
-            path.write_bytes(base64.b64decode(given))
-        else:
-            path.write_bytes(spliced(path.read_bytes(), given))
+        path.write_bytes(data)
 
 
 def spliced(good: bytes, splice: Mapping[str, Any]) -> bytes:

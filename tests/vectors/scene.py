@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -14,6 +15,7 @@ from dtl.core.files.job_file import Job, signed_digest
 from dtl.core.files.key_file import Key
 from dtl.core.files.safetensors import build_header
 from dtl.core.files.tree_hash import TreeHash
+from tests.vectors.intermediates import Witnessed
 from tests.vectors.published import Published
 
 Json = dict[str, Any]
@@ -62,6 +64,11 @@ class Scene:
 
     def secret(self, name: str) -> bytes:
         return base64.b64decode(self.key(name)["sign"])
+
+    @cached_property
+    def witnessed(self) -> Witnessed:
+        """The good files as dtl's own functions see them."""
+        return Witnessed(self.folder, self.dtl.inputs)
 
     def loaded_job(self) -> Job:
         return Job.load(self.folder / "job/job.json")
