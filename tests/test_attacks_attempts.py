@@ -290,7 +290,12 @@ def test_a_release_is_held_against_the_ledger(table: Table) -> None:
 def test_too_many_uploads_in_one_result(table: Table) -> None:
     """64 U must stay below half a noise slot: above 2^21 - 1 nobody makes or opens it (7)."""
     counts = {"alice": MAX_UPLOADS - 2, "bob": 1, "carol": 1}
-    model = {"kind": "model", "initial": "5" * 128, "parent": "6" * 128, "contributions": counts}
+    model: dict[str, Any] = {
+        "kind": "model",
+        "initial": "5" * 128,
+        "parent": "6" * 128,
+        "contributions": counts,
+    }
     most = table.good(9, **model)
     participant.open_release(table.key, most.write("most.release"), table.out)
     counts["bob"] += 1

@@ -156,7 +156,7 @@ def test_v1_trained_on_whatever_had_the_right_metadata(handed: Round) -> None:
         known, job = metadata_of(model), handed.job
         raw = [bytes.fromhex(text) for text in (known["base"], known["opened"])]
         digests = [bytes.fromhex(text) for text in (job.digest, job.roster_digest)]
-        return masks.round_key(bytes(32), digests[0], 2, *raw, digests[1])
+        return masks.round_key(bytes(32), digests[0], 2, raw[0], raw[1], digests[1])
 
     assert v1_mask(true) == v1_mask(bad)
 
