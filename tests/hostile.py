@@ -129,7 +129,7 @@ class Spoiler:
         total = portable.Sum(self.shape, polynomial, 1)
         total.add(self.tensors[BODY][place].copy())
         for word, more in zip(total._words[0], words, strict=True):
-            word += more
+            np.add(word, more, out=word)
         self.tensors[BODY][place] = total.body()
 
     def write(self, out: str) -> Path:

@@ -52,6 +52,7 @@ from dtl.core.files.tensors import Loaded, PlainMetadata
 from dtl.core.lattice import ring as door
 from dtl.core.lattice.parameters import MAX_UPLOADS
 from dtl.core.public import results
+from dtl.core.public import uploads as public_uploads
 from dtl.core.roles import participant
 from dtl.core.roles.participant import basis, opening, producing, revealing, stepping
 from dtl.core.roles.participant.basis import Basis
@@ -138,7 +139,7 @@ def release_of(manifest: ResultHeader, of: str, **more: Any) -> ReleaseHeader:
     return ReleaseHeader(**(values | more))
 
 
-# --- whatever fails once the half is used, is one failure, and computed to the end -----------
+# --- whatever fails once the half is used, is one failure, and computed to the end -------------
 
 
 SPOILED: dict[str, tuple[str, Callable[[hostile.Spoiler, int], None]]] = {
@@ -208,12 +209,13 @@ def test_a_result_is_opened_to_the_end_whatever_fails(
     given = {name: {"x": np.zeros(16000, np.float32)} for name in round_.names}
     spoiler = hostile.Spoiler(round_, round_.aggregate(round_.uploads(given)))
     limit = round_.job.fixed_point.max_sum
-    {
+    spoil: dict[str, Callable[[], None]] = {
         "a block": spoiler.spoil_block,
         "the sum of the secrets": lambda: spoiler.shift_secret(0, 500),
         "noise": lambda: spoiler.shift(0, 500),
         "range": lambda: spoiler.shift(0, (limit + 9) << 28),
-    }[kind]()
+    }
+    spoil[kind]()
     release = round_.release(spoiler.write("spoiled.enc"))
     seen = watch_the_work(round_, monkeypatch)
     round_.open(release, "a", code=4)
@@ -239,7 +241,7 @@ def test_a_result_that_opens_otherwise_than_before_is_one_failure_too(
     assert CANNOT_OPEN in round_.dtl("open-model", *options, code=4).err
 
 
-# --- what is tried is written down before -----------------------------------------------------
+# --- what is tried is written down before ------------------------------------------------------
 
 
 def crash(*_: object) -> None:
@@ -290,9 +292,10 @@ def another_message(half_chunk: Callable[..., bytes]) -> Callable[..., bytes]:
 
     def changed(key: Any, *arguments: Any) -> bytes:
         data = half_chunk(key, *arguments)
-        width = key.arithmetic.width
+        width: int = key.arithmetic.width
         number = int.from_bytes(data[:width], "little") * (1 + key.n) % key.n**2
-        return number.to_bytes(width, "little") + data[width:]
+        first: bytes = number.to_bytes(width, "little")
+        return first + data[width:]
 
     return changed
 
@@ -346,10 +349,12 @@ def test_what_counts_as_a_failure(entries: list[Any], release: str, failed: int)
     assert len(opening.failed_attempts(hostile.ledger_of(*entries))) == failed
 
 
-# --- a release against what a participant did and saw -----------------------------------------
+# --- a release against what a participant did and saw ------------------------------------------
 
-ALICE = {"contributors": (Contribution(participant="alice", upload=D),), "contributions": {}}
-ALICE["contributions"] = {"alice": 1}  # type: ignore[assignment]
+ALICE: dict[str, Any] = {
+    "contributors": (Contribution(participant="alice", upload=D),),
+    "contributions": {"alice": 1},
+}
 
 HISTORIES: dict[str, tuple[list[Any], ReleaseHeader]] = {
     "a second result of a round": ([entry_of_open(1, A)], release_of(manifest_of(1), B)),
@@ -532,7 +537,7 @@ def test_residues_of_a_release_are_valid(
     number = {"zero": 0, "c_0 not below N": c_0 + n, "a factor in common": 3 * p}[bad]
     residues[0, 0] = np.frombuffer(number.to_bytes(residues.shape[2], "little"), np.uint8)
     result = hostile.again(round_, round_.folder / "result.enc", "x.enc", tensors=tensors)
-    half = releasing.scheme.apply_half
+    half = scheme.apply_half
 
     def any_half(key: Any, ready: Any, secret: Any) -> Any:
         usable = ready.copy()
@@ -540,8 +545,8 @@ def test_residues_of_a_release_are_valid(
         return half(key, usable, secret)
 
     with monkeypatch.context() as patch:
-        patch.setattr(releasing.scheme, "check", lambda *_: None)
-        patch.setattr(releasing.scheme, "apply_half", any_half)
+        patch.setattr(scheme, "check", lambda *_: None)
+        patch.setattr(scheme, "apply_half", any_half)
         release = round_.release(result)
     assert events(round_, "alice") == ["upload"]
     round_.open(release, "alice", code=3)
@@ -712,7 +717,7 @@ def test_gradients_that_change_while_they_are_read_are_not_sent(
     assert events(round_, "alice") == []
 
 
-# --- the model that a participant keeps itself --------------------------------------------------
+# --- the model that a participant keeps itself -------------------------------------------------
 
 
 def loaded(content: str, initial: str = D, base: str | None = None) -> Loaded:
@@ -757,7 +762,7 @@ def test_a_sum_has_one_step() -> None:
         basis.record_step(ledger, step(D))
 
 
-# --- masks, tags, and what is used once ---------------------------------------------------------
+# --- masks, tags, and what is used once --------------------------------------------------------
 
 
 def test_masks_and_tags_are_bound_to_all_that_tells_rounds_apart(new_round: NewRound) -> None:
@@ -850,7 +855,7 @@ def test_salts_content_keys_and_witnesses_are_fresh(
     assert len(set(proofs)) == 2
 
 
-# --- what the server accepts and gives out --------------------------------------------------------
+# --- what the server accepts and gives out -----------------------------------------------------
 
 
 def aggregate_entry(
@@ -1043,7 +1048,7 @@ def test_more_uploads_than_can_be_opened_are_refused(new_round: NewRound) -> Non
     round_.release(result, code=7)
 
 
-# --- reveals --------------------------------------------------------------------------------------
+# --- reveals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1136,7 +1141,7 @@ def test_one_close_file_of_a_round_is_answered(new_round: NewRound) -> None:
     round_.dtl("reveal-masks", other, "--key", round_.key("a"), "-o", out, "--force", code=5)
 
 
-# --- files ------------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 
 def test_rows_are_what_was_hashed(tmp_path: Path) -> None:
@@ -1157,7 +1162,7 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
     """In v1 a participant could change its upload between the check and the product."""
     round_ = new_round()
     uploads = round_.uploads({name: random_arrays(1) for name in round_.names})
-    original, done = accepting.uploads.check_proof, []
+    original, done = public_uploads.check_proof, []
 
     def swapped(job: Any, upload: Any, *more: Any) -> None:
         original(job, upload, *more)
@@ -1169,7 +1174,7 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
                 file.seek(place)
                 file.write(bytes(range(64)))
 
-    monkeypatch.setattr(accepting.uploads, "check_proof", swapped)
+    monkeypatch.setattr(public_uploads, "check_proof", swapped)
     round_.aggregate(uploads, code=3)
     assert "aggregate" not in events(round_, "server")
 
@@ -1185,8 +1190,17 @@ def test_a_ledger_line_is_on_disk_when_it_counts(
     synced: list[int] = []
     locked: list[int] = []
     fsync, flock = os.fsync, fcntl.flock
-    monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(fd), fsync(fd)))
-    monkeypatch.setattr(fcntl, "flock", lambda fd, how: (locked.append(how), flock(fd, how)))
+
+    def watched_fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        fsync(descriptor)
+
+    def watched_flock(descriptor: int, how: int) -> None:
+        locked.append(how)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(fcntl, "flock", watched_flock)
     with Ledger(key) as ledger:
         assert locked == [fcntl.LOCK_EX]
         before = ledger.last_link
@@ -1461,8 +1475,8 @@ def test_audit_names_who_worked_on_another_model(
     (verdict,) = round_.dtl(*audit, code=4).json["files"]
     assert verdict["base_opened_to"] == "something else"
     assert "worked on another model" in verdict["verdict"]
-    audit = ("audit", good, "--model", result, "--key", round_.key("kgc"), "--json")
-    (verdict,) = round_.dtl(*audit).json["files"]
+    again = ("audit", good, "--model", result, "--key", round_.key("kgc"), "--json")
+    (verdict,) = round_.dtl(*again).json["files"]
     assert (verdict["base_opened_to"], verdict["verdict"]) == ("what was released", "good")
 
 
@@ -1639,3 +1653,19 @@ def test_a_finished_upload_without_its_line_is_removed(
     assert len(pending_files(out)) == 1
     round_.upload("alice", random_arrays(1))
     assert pending_files(out) == []
+
+
+def test_responses_of_a_proof_are_in_their_ranges(new_round: NewRound) -> None:
+    key = new_round().job.public_key
+    most = (1 << (proof.witness_bits(key, 3) + 1)) - 1
+    proof.check_ranges(key, 3, proof.Proof((1,) * 8, most, (key.n - 1,) * 7))
+    for z, v in ((most + 1, 0), (0, key.n)):
+        with pytest.raises(VerificationError):
+            proof.check_ranges(key, 3, proof.Proof((1,) * 8, z, (0,) * 6 + (v,)))
+
+
+def test_padding_of_blocks_is_zero(new_round: NewRound) -> None:
+    packing = new_round().job.codec.packing
+    blocks = packing.pack(np.ones(packing.slots + 1, np.int64), 2)
+    assert packing.unpack(blocks, packing.slots + 1)[1].all()
+    assert packing.unpack(blocks, packing.slots)[1].tolist() == [True, False]

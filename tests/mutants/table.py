@@ -15,6 +15,8 @@ that a mutant that no longer applies is noticed. The tables are the .toml files 
 Where several texts have to go, `edits = [{ file = ..., old = ..., new = ... }, ...]`.
 """
 
+import ast
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+MARKS = re.compile(r"<!-- mutants -->\n(.*)<!-- /mutants -->", re.DOTALL)
+"""Between them stands the table in SECURITY.md."""
 DEFAULT_KERNEL = "gmpy2"  # nothing compiled: the same on every machine
 
 
@@ -91,6 +95,21 @@ def _mutant(group: str, plain: dict[str, Any]) -> Mutant:
     return Mutant(group, name, defence, edits, tests, kernel)
 
 
+def missing_tests(mutants: list[Mutant]) -> list[str]:
+    """The tests that mutants name, and that are no functions of their files."""
+    named = sorted({test for mutant in mutants for test in mutant.tests})
+    functions: dict[str, set[str]] = {}
+    for test in named:
+        file = test.partition("::")[0]
+        if file not in functions:
+            path = ROOT / file
+            tree = ast.parse(path.read_text() if path.exists() else "")
+            functions[file] = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
+    return [
+        test for test in named if test.rpartition("::")[2] not in functions[test.partition("::")[0]]
+    ]
+
+
 def markdown(mutants: list[Mutant]) -> str:
     """The table of SECURITY.md: defences, and the tests that fail without them."""
     lines = ["| defence | fails without it | mutant |", "|---|---|---|"]
@@ -102,3 +121,8 @@ def markdown(mutants: list[Mutant]) -> str:
         tests = ", ".join(f"`{test.rpartition('::')[2]}`" for test in mutant.tests)
         lines.append(f"| {mutant.defence} | {tests} | `{mutant.name}` |")
     return "\n".join(lines) + "\n"
+
+
+def marked(mutants: list[Mutant]) -> str:
+    """The table between its marks, as it stands in SECURITY.md."""
+    return f"<!-- mutants -->\n{markdown(mutants)}<!-- /mutants -->"

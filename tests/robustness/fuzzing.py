@@ -33,6 +33,7 @@ from tests.robustness.leaks import Needles
 from tests.robustness.mutations import Mutation
 from tests.robustness.scenario import EPOCH, Stage, Step, command, play, printed_to
 from tests.vectors import make
+from tests.vectors.command_lines import DIRECT, LATTICE
 
 MEMORY = 1 << 30  # bytes more than a child has when it starts
 TIME = 10  # seconds a case
@@ -84,7 +85,8 @@ class Corpus:
         self.needles = Needles()
         with printed_to(folder / "log"):
             self._add_job(folder)
-            self._add_vectors(folder / "vectors")
+            for title in (LATTICE, DIRECT):
+                self._add_vectors(folder / f"vectors-{title}", title)
 
     def _add_job(self, folder: Path) -> None:
         signing = self._keys(self.job.end / "job")
@@ -105,12 +107,14 @@ class Corpus:
             if file.suffix in (".json", ".jsonl", ".safetensors", ".npz", ".enc", ".release"):
                 self.targets.setdefault("resume", []).append(Target(ran, resume, file, signing))
 
-    def _add_vectors(self, scene: Path) -> None:
+    def _add_vectors(self, scene: Path, title: str) -> None:
         scene.mkdir()
-        make.write_files(scene, make.read("three-rounds.json")["files"])
+        make.write_files(scene, make.read(f"{title}.json")["files"])
         stage, signing = Stage(0, Step("vectors", (), ""), scene), self._keys(scene / "job")
         for path in sorted(make.HERE.glob("*ed/*.json")):
             case = json.loads(path.read_text())
+            if case["job"] != title:
+                continue
             words, changes = tuple(case["command"]), case["files"]
             if not changes and not case["exit"]:
                 self._add(stage, words, signing)

@@ -3,6 +3,7 @@
 It shares no code with dtl: plain integers, `pow` and `hashlib`; only what is not dtl's own
 (Ed25519, HPKE, ChaCha20, scrypt) comes from `cryptography`. Slow, and for tests only.
 
-Not in it: what `inspect` prints, the verdicts of `audit`, shards, and, of what a command asks
-its ledger, the rules for a second upload and for grants; dtl's own tests stand alone there.
+Not in it: what `inspect` and `audit` print (of `audit` only whether all is well), shards, the
+steps of optimisers (of `apply-sum` only what it checks before), `--adopt`, interrupted uploads,
+and of the rules for grants all but one result a round and base; dtl's own tests stand alone there.
 """

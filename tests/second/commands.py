@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.second import auditing, bases, bulk, documents, ledger, proof, releases, results, values
 from tests.second.documents import Document, Job, Key
-from tests.second.encoding import require
+from tests.second.encoding import Refused, require
 from tests.second.ledger import Entry, find
 
 
@@ -63,10 +63,22 @@ def parse(arguments: Sequence[str]) -> Given:
     return given
 
 
+def _is_valid(job: Job, path: Path) -> bool:
+    """Whether an upload by itself is what it must be."""
+    try:
+        upload = bulk.read(path, job, "upload")
+        results.check_uploads(job, [upload], None, closing=True)
+    except Refused:
+        return False
+    return True
+
+
 def _accept(
     job: Job, given: Given, start: results.Start | None, closing: bool = False
 ) -> tuple[list[bulk.Bulk], dict[str, str]]:
-    uploads = [bulk.read(path, job, "upload") for path in given.files]
+    skip = "--skip-invalid" in given.options
+    paths = [path for path in given.files if not skip or _is_valid(job, path)]
+    uploads = [bulk.read(path, job, "upload") for path in paths]
     results.check_uploads(job, uploads, start, closing)
     return uploads, {upload.header["signer"]: upload.digest.hex() for upload in uploads}
 

@@ -29,7 +29,8 @@ class Witnessed:
     """A finished job in a folder, seen with all of its keys.
 
     `inputs` has, for each upload, the bytes of the operating system and the time in ns that its
-    keys were made of; for each release the bytes that its proof was made of.
+    keys were made of, and the seed of the rounding; for each release the bytes that its proof was
+    made of, and its content key.
     """
 
     def __init__(self, folder: Path, inputs: Inputs) -> None:
@@ -86,6 +87,11 @@ class Witnessed:
             bytes.fromhex(given["system"]), key.secret["sign"], given["time"], link
         )
         self._check_made(upload, found, decoded, one_time)
+        gradients = values.read_plain(self.folder / f"{owner}.grads").floats()
+        scale = 1 / len(job.names)
+        seed = bytes.fromhex(given["rounding"])
+        integers = values.contribution(job, gradients, scale, seed)
+        require(decoded.integers == integers, 4, "not these gradients")
         return {
             "digest": upload.digest.hex(),
             "one_time": dict(zip("serw", map(bytes.hex, one_time), strict=True)),
@@ -155,6 +161,8 @@ class Witnessed:
             releases.open_sealed(job, key, found, sealed, entries)
         (content_key,) = keys  # one for all
         payload = releases.unseal(job, found, content_key)
+        drawn = bytes.fromhex(self.inputs[path.name]["content_key"])
+        require(content_key == drawn, 4, "another content key")
         system = bytes.fromhex(self.inputs[path.name]["system"])
         made = releases.commitments(job, sealed.statement, server.secret["server_seed"], system)
         require(made == [sealed.proof.t, sealed.proof.t_prime], 4, "another witness")

@@ -159,8 +159,7 @@ def check_payload(job: Job, release: Bulk, payload: bytes) -> Sealed:
     found = Proof(
         commitments[:7], commitments[7:], numbers(payload[split:], bulk.response_bytes(job))
     )
-    group.check_numbers((c for row in opened for c in row), 3)
-    group.check_numbers(commitments, 4)
+    group.check_numbers([*(c for row in opened for c in row), *commitments], 4)
     require(all(z < 2 ** (group.ell + 257) for z in found.z), 4, "z out of range")
     named, digest = core(job, release), hashlib.sha512(payload[:size]).digest()
     seed = fields("dtl/v2/release-rho", named, of, digest)

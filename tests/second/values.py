@@ -76,6 +76,19 @@ def limit(job: Job, kind: str) -> int:
     return job.largest if kind == "model" else len(job.names) * job.e_max
 
 
+def contribution(job: Job, reals: list[float], scale: float, seed: bytes) -> list[int]:
+    """Section 5.1: scaled, clipped, rounded stochastically, clamped."""
+    stream = encoding.keystream(seed, bytes(12), 4 * len(reals))
+    found = []
+    for real, u in zip(reals, encoding.numbers(stream, 4), strict=True):
+        x = real * scale * 2.0 ** job.body["fraction_bits"]
+        x = max(-(2.0**60), min(2.0**60, x))
+        floor = math.floor(x)
+        e = floor + (u < (x - floor) * 2**32)
+        found.append(max(-job.e_max, min(job.e_max, e)))
+    return found
+
+
 def check_range(integers: list[int], most: int, code: int) -> None:
     require(all(abs(e) <= most for e in integers), code, "a value out of range")
 

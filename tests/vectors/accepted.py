@@ -11,6 +11,7 @@ from tests.vectors.scene import Changes, Scene, entries_of, put
 
 GOOD = {
     "aggregate-sum": lines.SUM,
+    "aggregate-skipping": f"{lines.SUM} --skip-invalid",
     "aggregate-model": lines.MODEL_OUT,
     "aggregate-initial": lines.FIRST,
     "audit": lines.AUDIT,

@@ -28,8 +28,13 @@ from tests.helpers import PRIMES
 EPOCH = "1700000000"  # when all of it was made
 _hpke_wrap = primitives.hpke_wrap
 NANOSECONDS = int(EPOCH) * 10**9
-SYSTEM_BYTES = 64
-"""What an upload, and the proof of a release, take from the operating system at once."""
+DRAWN = {
+    ("encrypt-grads", 64): "system",
+    ("encrypt-grads", 32): "rounding",
+    ("release-model", 64): "system",
+    ("release-model", 32): "content_key",
+}
+"""What uploads and releases take from the operating system, by the number of bytes."""
 
 
 class Published:
@@ -51,6 +56,11 @@ class Published:
             if found != code:
                 raise SystemExit(f"dtl {' '.join(command)}: {found}\n{errors.getvalue()}")
 
+    def _note(self, command: Sequence[str], name: str, drawn: str) -> None:
+        known = self.inputs.setdefault(command[command.index("-o") + 1], {})
+        assert name not in known
+        known |= {name: drawn, "time": NANOSECONDS}
+
     def wrap(self, public: bytes, message: bytes, info: bytes) -> bytes:
         """As `primitives.hpke_wrap`; what was wrapped once is taken from the file."""
         name = primitives.hash_fields("wrapped", public, message, info).hex()[:32]
@@ -68,10 +78,9 @@ class Published:
             calls[function, count] += 1
             words = [self.title, *command, function, str(count), str(call)]
             drawn = hashlib.shake_256(json.dumps(words).encode()).digest(count)
-            if command[0] in ("encrypt-grads", "release-model") and count == SYSTEM_BYTES:
-                output = command[command.index("-o") + 1]
-                assert output not in self.inputs
-                self.inputs[output] = {"system": drawn.hex(), "time": NANOSECONDS}
+            name = DRAWN.get((command[0], count))
+            if function == "token_bytes" and name:
+                self._note(command, name, drawn.hex())
             return drawn
 
         def below(limit: int) -> int:

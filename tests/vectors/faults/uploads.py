@@ -261,6 +261,14 @@ def bodies() -> Iterator[Fault]:
         edits.proven_body(A, edits.word_set(0, 2**50 - 1 - PRIMES[0])),
     )
 
+    yield Fault(
+        "skipped-word-too-large",
+        "the upload with the word is left out, and then somebody is missing",
+        f"{SUM} --skip-invalid",
+        6,
+        lambda scene: {A: edits.proven_body(A, edits.word_set(0, 0))(scene)},
+    )
+
     def result(name: str, about: str, command: str, code: int, edit: Edit2) -> Fault:
         def change(scene: Scene) -> Changes:
             return {"model-1.enc": scene.tensors("model-1.enc", edit)}
