@@ -102,7 +102,7 @@ def on_cluster(folder: Path, paths: list[Path], result: Path, kill: bool) -> flo
     with cluster_of(place) as (address, workers), connect(address, False) as cluster:
 
         def halfway(step: str, done: int, total: int | None) -> None:
-            if kill and step == "multiply" and done > (total or 0) / 3 and not killed:
+            if kill and step == "add" and done > (total or 0) / 3 and not killed:
                 os.kill(workers[0], signal.SIGKILL)
                 killed.append(step)
 
