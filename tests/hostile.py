@@ -128,8 +128,8 @@ class Spoiler:
         place = slice(span.start, span.start + span.length)
         total = portable.Sum(self.shape, polynomial, 1)
         total.add(self.tensors[BODY][place].copy())
-        for held, more in zip(total._words[0], words, strict=True):
-            held += more  # noqa: PLW2901  (an array, changed in place)
+        for word, more in zip(total._words[0], words, strict=True):
+            np.add(word, more, out=word)
         self.tensors[BODY][place] = total.body()
 
     def write(self, out: str) -> Path:

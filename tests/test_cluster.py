@@ -144,9 +144,9 @@ def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
             grads = round_.save("g.safetensors", given[name])
             encrypt = ("encrypt-grads", grads, "--key", round_.key(name), "--round", 1)
             # Without the word, nothing of it leaves; then the rest goes to workers.
-            options = dask if number == 0 else secret
-            told = round_.dtl(*encrypt, *options, "-o", round_.folder / f"{name}.upload")
-            assert ("encrypt: stays on this machine" in told.err) == (number == 0)
+            to: tuple[str, ...] = dask if number == 0 else secret
+            shown = round_.dtl(*encrypt, *to, "-o", round_.folder / f"{name}.upload")
+            assert ("encrypt: stays on this machine" in shown.err) == (number == 0)
         uploads = [round_.folder / f"{name}.upload" for name in given]
         result = round_.aggregate(uploads, *dask)
         found = round_.dtl("verify", result, *job, "--uploads", *uploads, *dask, "--json").json
@@ -159,11 +159,10 @@ def test_commands_take_a_cluster_and_secrets_stay_unless_they_may_go(
         alone = "apply the server's half: stays on this machine" in kept.err
         assert alone == (cipher == "direct")
         opened = [tmp_path / f"{name}.safetensors" for name in ("kept", "sent")]
-        for path, options in zip(opened, (dask, secret), strict=True):
-            told = round_.dtl(
-                *("open-model", release, "--key", round_.key("alice"), "-o", path, *options)
-            )
-            assert ("stays on this machine" in told.err) == (options is dask)
+        for path, to in zip(opened, (dask, secret), strict=True):
+            own = ("--key", round_.key("alice"), "-o", path)
+            shown = round_.dtl("open-model", release, *own, *to)
+            assert ("stays on this machine" in shown.err) == (to is dask)
         assert opened[0].read_bytes() == opened[1].read_bytes()
         # What is wrong on a worker is reported as if it had been found here.
         broken = tmp_path / "broken.upload"

@@ -52,7 +52,7 @@ from dtl.core.files.tensors import Loaded, PlainMetadata
 from dtl.core.lattice import ring as door
 from dtl.core.lattice.parameters import MAX_UPLOADS
 from dtl.core.public import results
-from dtl.core.public import uploads as uploads_module
+from dtl.core.public import uploads as public_uploads
 from dtl.core.roles import participant
 from dtl.core.roles.participant import basis, opening, producing, revealing, stepping
 from dtl.core.roles.participant.basis import Basis
@@ -139,7 +139,7 @@ def release_of(manifest: ResultHeader, of: str, **more: Any) -> ReleaseHeader:
     return ReleaseHeader(**(values | more))
 
 
-# --- whatever fails once the half is used, is one failure, and computed to the end -----------
+# --- whatever fails once the half is used, is one failure, and computed to the end -------------
 
 
 SPOILED: dict[str, tuple[str, Callable[[hostile.Spoiler, int], None]]] = {
@@ -241,7 +241,7 @@ def test_a_result_that_opens_otherwise_than_before_is_one_failure_too(
     assert CANNOT_OPEN in round_.dtl("open-model", *options, code=4).err
 
 
-# --- what is tried is written down before -----------------------------------------------------
+# --- what is tried is written down before ------------------------------------------------------
 
 
 def crash(*_: object) -> None:
@@ -292,10 +292,10 @@ def another_message(half_chunk: Callable[..., bytes]) -> Callable[..., bytes]:
 
     def changed(key: Any, *arguments: Any) -> bytes:
         data = half_chunk(key, *arguments)
-        width = key.arithmetic.width
+        width: int = key.arithmetic.width
         number = int.from_bytes(data[:width], "little") * (1 + key.n) % key.n**2
-        made: bytes = number.to_bytes(width, "little") + data[width:]
-        return made
+        first: bytes = number.to_bytes(width, "little")
+        return first + data[width:]
 
     return changed
 
@@ -349,7 +349,7 @@ def test_what_counts_as_a_failure(entries: list[Any], release: str, failed: int)
     assert len(opening.failed_attempts(hostile.ledger_of(*entries))) == failed
 
 
-# --- a release against what a participant did and saw -----------------------------------------
+# --- a release against what a participant did and saw ------------------------------------------
 
 ALICE: dict[str, Any] = {
     "contributors": (Contribution(participant="alice", upload=D),),
@@ -717,7 +717,7 @@ def test_gradients_that_change_while_they_are_read_are_not_sent(
     assert events(round_, "alice") == []
 
 
-# --- the model that a participant keeps itself --------------------------------------------------
+# --- the model that a participant keeps itself -------------------------------------------------
 
 
 def loaded(content: str, initial: str = D, base: str | None = None) -> Loaded:
@@ -762,7 +762,7 @@ def test_a_sum_has_one_step() -> None:
         basis.record_step(ledger, step(D))
 
 
-# --- masks, tags, and what is used once ---------------------------------------------------------
+# --- masks, tags, and what is used once --------------------------------------------------------
 
 
 def test_masks_and_tags_are_bound_to_all_that_tells_rounds_apart(new_round: NewRound) -> None:
@@ -855,7 +855,7 @@ def test_salts_content_keys_and_witnesses_are_fresh(
     assert len(set(proofs)) == 2
 
 
-# --- what the server accepts and gives out --------------------------------------------------------
+# --- what the server accepts and gives out -----------------------------------------------------
 
 
 def aggregate_entry(
@@ -1048,7 +1048,7 @@ def test_more_uploads_than_can_be_opened_are_refused(new_round: NewRound) -> Non
     round_.release(result, code=7)
 
 
-# --- reveals --------------------------------------------------------------------------------------
+# --- reveals -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -1141,7 +1141,7 @@ def test_one_close_file_of_a_round_is_answered(new_round: NewRound) -> None:
     round_.dtl("reveal-masks", other, "--key", round_.key("a"), "-o", out, "--force", code=5)
 
 
-# --- files ----------------------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 
 def test_rows_are_what_was_hashed(tmp_path: Path) -> None:
@@ -1162,7 +1162,7 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
     """In v1 a participant could change its upload between the check and the product."""
     round_ = new_round()
     uploads = round_.uploads({name: random_arrays(1) for name in round_.names})
-    original, done = uploads_module.check_proof, []
+    original, done = public_uploads.check_proof, []
 
     def swapped(job: Any, upload: Any, *more: Any) -> None:
         original(job, upload, *more)
@@ -1174,7 +1174,7 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
                 file.seek(place)
                 file.write(bytes(range(64)))
 
-    monkeypatch.setattr(uploads_module, "check_proof", swapped)
+    monkeypatch.setattr(public_uploads, "check_proof", swapped)
     round_.aggregate(uploads, code=3)
     assert "aggregate" not in events(round_, "server")
 
@@ -1191,12 +1191,16 @@ def test_a_ledger_line_is_on_disk_when_it_counts(
     locked: list[int] = []
     fsync, flock = os.fsync, fcntl.flock
 
-    def noted(calls: list[int], value: int) -> int:
-        calls.append(value)
-        return value
+    def watched_fsync(descriptor: int) -> None:
+        synced.append(descriptor)
+        fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", lambda fd: fsync(noted(synced, fd)))
-    monkeypatch.setattr(fcntl, "flock", lambda fd, how: flock(fd, noted(locked, how)))
+    def watched_flock(descriptor: int, how: int) -> None:
+        locked.append(how)
+        flock(descriptor, how)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(fcntl, "flock", watched_flock)
     with Ledger(key) as ledger:
         assert locked == [fcntl.LOCK_EX]
         before = ledger.last_link
@@ -1471,8 +1475,8 @@ def test_audit_names_who_worked_on_another_model(
     (verdict,) = round_.dtl(*audit, code=4).json["files"]
     assert verdict["base_opened_to"] == "something else"
     assert "worked on another model" in verdict["verdict"]
-    words = ("audit", good, "--model", result, "--key", round_.key("kgc"), "--json")
-    (verdict,) = round_.dtl(*words).json["files"]
+    again = ("audit", good, "--model", result, "--key", round_.key("kgc"), "--json")
+    (verdict,) = round_.dtl(*again).json["files"]
     assert (verdict["base_opened_to"], verdict["verdict"]) == ("what was released", "good")
 
 

@@ -1,12 +1,17 @@
 """The mutants of `make mutants` apply, and SECURITY.md says of them what is so."""
 
-import re
-
 import pytest
 
-from tests.mutants.table import ROOT, DoesNotApplyError, Edit, Mutant, load, markdown, missing_tests
-
-MARKS = re.compile(r"<!-- mutants -->\n+(.*?)\n*<!-- /mutants -->", re.DOTALL)
+from tests.mutants.table import (
+    MARKS,
+    ROOT,
+    DoesNotApplyError,
+    Edit,
+    Mutant,
+    load,
+    marked,
+    missing_tests,
+)
 
 
 @pytest.mark.parametrize("mutant", load(), ids=lambda mutant: mutant.name)
@@ -21,10 +26,10 @@ def test_every_test_that_a_mutant_names_is_there() -> None:
 
 
 def test_security_md_has_the_table() -> None:
-    """Made by `python -m tests.mutants.run --table`."""
+    """Made by `python -m tests.mutants.run --write`."""
     found = MARKS.search((ROOT / "SECURITY.md").read_text())
     assert found is not None
-    assert found.group(1).strip() == markdown(load()).strip()
+    assert found.group() == marked(load())
 
 
 def test_a_text_must_be_there_once() -> None:

@@ -8,6 +8,7 @@ are synchronised to the disk, as dtl's are. Everything goes in pieces, so that a
 import hashlib
 import os
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,7 @@ def measure(folder: Path, gradients: Path, values: int, uploads: int) -> Sample:
     paths = [folder / f"plain-{number}.safetensors" for number in range(CONTRIBUTORS)]
     mean = folder / "plain-mean.safetensors"
     try:
-        written = [
-            watch.time(lambda path=path: _write_upload(gradients, path))[0] for path in paths
-        ]
+        written = [watch.time(partial(_write_upload, gradients, path))[0] for path in paths]
         many = [paths[number % CONTRIBUTORS] for number in range(uploads)]
         averaged, _ = watch.time(lambda: _average(many, mean))
         opened, _ = watch.time(lambda: sum(len(piece) for piece in _pieces(mean)))

@@ -1,7 +1,8 @@
 """`make mutants`: remove each defence in a copy of the project, and demand that its tests fail.
 
     python -m tests.mutants.run [NAME ...] [--workers N]   some mutants, or all
-    python -m tests.mutants.run --table                    the table of SECURITY.md
+    python -m tests.mutants.run --table                    print the table of SECURITY.md
+    python -m tests.mutants.run --write                    bring it up to date there
 
 First, all named tests must pass as the project stands. Then a mutant counts as found if every
 test that it names fails, and fails by an assertion: one that cannot be collected or imported
@@ -24,7 +25,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
-from tests.mutants.table import DEFAULT_KERNEL, ROOT, DoesNotApplyError, Mutant, load, markdown, missing_tests
+from tests.mutants.table import (
+    DEFAULT_KERNEL,
+    MARKS,
+    ROOT,
+    DoesNotApplyError,
+    Mutant,
+    load,
+    markdown,
+    marked,
+    missing_tests,
+)
 
 WORKERS = 2
 TIMEOUT_SECONDS = 300
@@ -259,8 +270,13 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="some mutants (default: all)")
     parser.add_argument("--workers", type=int, default=WORKERS)
     parser.add_argument("--table", action="store_true", help="print the table of SECURITY.md")
+    parser.add_argument("--write", action="store_true", help="bring it up to date there")
     given = parser.parse_args()
     mutants = load()
+    if given.write:
+        path = ROOT / "SECURITY.md"
+        path.write_text(MARKS.sub(lambda _: marked(mutants), path.read_text(), count=1))
+        return 0
     if given.table:
         print(markdown(mutants), end="")
         return 0

@@ -16,6 +16,7 @@ Where several texts have to go, `edits = [{ file = ..., old = ..., new = ... }, 
 """
 
 import ast
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+MARKS = re.compile(r"<!-- mutants -->\n(.*)<!-- /mutants -->", re.DOTALL)
+"""Between them stands the table in SECURITY.md."""
 DEFAULT_KERNEL = "gmpy2"  # nothing compiled: the same on every machine
 
 
@@ -102,7 +105,9 @@ def missing_tests(mutants: list[Mutant]) -> list[str]:
             path = ROOT / file
             tree = ast.parse(path.read_text() if path.exists() else "")
             functions[file] = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    return [test for test in named if test.rpartition("::")[2] not in functions[test.partition("::")[0]]]
+    return [
+        test for test in named if test.rpartition("::")[2] not in functions[test.partition("::")[0]]
+    ]
 
 
 def markdown(mutants: list[Mutant]) -> str:
@@ -116,3 +121,8 @@ def markdown(mutants: list[Mutant]) -> str:
         tests = ", ".join(f"`{test.rpartition('::')[2]}`" for test in mutant.tests)
         lines.append(f"| {mutant.defence} | {tests} | `{mutant.name}` |")
     return "\n".join(lines) + "\n"
+
+
+def marked(mutants: list[Mutant]) -> str:
+    """The table between its marks, as it stands in SECURITY.md."""
+    return f"<!-- mutants -->\n{markdown(mutants)}<!-- /mutants -->"
