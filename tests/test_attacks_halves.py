@@ -387,7 +387,7 @@ def test_v1_did_tell_these_halves_apart(round_: Round) -> None:
     for c_0, c_j in hostile._queries():
         first, second = (V1Participant(n, half[0], 42).code(c_0, c_j) for half in halves)
         told += first != second
-    assert told > 10
+    assert told  # a single query that differs tells them apart
 
 
 def test_hostile_releases_do_not_tell_two_splits_apart(round_: Round) -> None:

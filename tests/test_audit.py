@@ -484,7 +484,8 @@ def test_a_job_without_master_key_cannot_be_audited(
     assert not (job / "kgc.key").exists()
     (tmp_path / "u").touch()
     error = dtl("audit", tmp_path / "u", "--key", job / "kgc.key", code=5).err
-    assert "cannot be audited" in error
+    assert "there is no such key" in error
+    assert "can never be audited" in error
     for slip in (job / "kcg.key", tmp_path / "jbo" / "kgc.key"):
         error = dtl("audit", tmp_path / "u", "--key", slip, code=2).err
         assert f"dtl: error: {slip}: no such file" in error

@@ -28,7 +28,7 @@ from dtl.core.errors import (
 )
 from dtl.core.files import sealed
 from dtl.core.files.atomic import pending_files
-from dtl.core.files.container import BODY, RESIDUES, Container, Rows
+from dtl.core.files.container import BODY, PROOF, RESIDUES, Container, Rows
 from dtl.core.files.headers import (
     Contribution,
     Grant,
@@ -1325,7 +1325,7 @@ def test_what_a_release_is_bound_to() -> None:
     }
     changes: Iterable[dict[str, Any]] = (
         {},
-        {"manifest": manifest_of(2)},
+        {"manifest": manifest_of(1, contributions={"alice": 1})},
         {"of": B},
         {"tensors": {"residues": b"s"}},
         {"grants": ["a", "b"]},
@@ -1669,3 +1669,27 @@ def test_padding_of_blocks_is_zero(new_round: NewRound) -> None:
     blocks = packing.pack(np.ones(packing.slots + 1, np.int64), 2)
     assert packing.unpack(blocks, packing.slots + 1)[1].all()
     assert packing.unpack(blocks, packing.slots)[1].tolist() == [True, False]
+
+
+def test_who_recomputes_checks_the_proofs_as_well(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that lets an upload pass whose proof does not hold."""
+    round_ = new_round()
+    uploads = round_.uploads({name: random_arrays(1) for name in round_.names})
+    _, tensors = hostile.read(uploads[0])
+    tensors[PROOF][-1] ^= 1
+    bad = hostile.again(round_, uploads[0], "bad", tensors=tensors, signer="alice")
+    with monkeypatch.context() as patch:
+        patch.setattr(public_uploads, "check_proof", lambda *_: None)
+        result = round_.aggregate([bad, *uploads[1:]])
+    job = ("--job", round_.keys / "job.json")
+    failed = round_.dtl("verify", result, *job, "--uploads", bad, *uploads[1:], code=4)
+    assert "proof" in failed.err
+
+
+def test_a_result_is_signed_by_the_server(new_round: NewRound) -> None:
+    round_ = new_round()
+    forged = hostile.again(round_, sum_of(round_), "x.enc", signer="bob")
+    round_.release(forged, code=4)
+    round_.dtl("verify", forged, "--job", round_.keys / "job.json", code=4)
