@@ -270,7 +270,10 @@ def bodies() -> Iterator[Fault]:
         "the upload with the word is left out, and then somebody is missing",
         f"{SUM} --skip-invalid",
         6,
-        lambda scene: {A: contents.proven_body(A, contents.word_set(0, 0))(scene)},
+        lambda scene: {
+            "job/server.ledger": scene.cut("server", "aggregate", round=3),
+            A: contents.proven_body(A, contents.word_set(0, 0))(scene),
+        },
     )
 
     def result(name: str, about: str, command: str, code: int, edit: Edit2) -> Fault:
