@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.[ch] core/lattice/*.[ch])
 
-.PHONY: demo test check bench bits timing vectors long faults fuzz engines mutants clean
+.PHONY: demo test check bench bits timing vectors long exact faults fuzz engines mutants clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
@@ -37,6 +37,11 @@ timing: $(VENV)/.test
 
 long: $(VENV)/.test
 	$(BIN)/python tests/long_run.py
+
+# Random jobs of both ciphers against plain Python integers: some minutes.
+JOBS ?= 200
+exact: $(VENV)/.test
+	$(BIN)/python -m tests.exact_run --jobs $(JOBS) --seed $(SEED)
 
 # Make the test vectors anew, and fail on any difference; WRITE=--write brings them up to date.
 vectors: $(VENV)/.test

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from tests.vectors import command_lines as lines
 from tests.vectors import forging
 from tests.vectors.command_lines import DIRECT, LATTICE
-from tests.vectors.faults import Fault, edits
+from tests.vectors.faults import Fault, contents, edits, ledger_edits
 from tests.vectors.scenarios import PASSPHRASE
 from tests.vectors.scene import Changes, Scene, entries_of, put
 
@@ -106,7 +106,7 @@ def _attempts() -> Iterator[Fault]:
         cut = scene.cut("alice", "open")
         return {"job/alice.ledger": cut} if tried["round"] == 1 else {}
 
-    failed = edits.ledger("carol", edits.tried(2**32 - 1))
+    failed = ledger_edits.ledger("carol", ledger_edits.tried(2**32 - 1))
     yield fault("same", "the same release was tried, and not opened", lines.OPEN, same)
     after = f"{lines.OPEN_SUM} --after-failure"
     yield fault("after-failure", "an attempt of another round has failed", after, failed)
@@ -115,7 +115,7 @@ def _attempts() -> Iterator[Fault]:
         "gone-on",
         "an attempt has failed, and the owner has gone on after it",
         lines.OPEN_SUM,
-        edits.ledger("carol", edits.gone_on),
+        ledger_edits.ledger("carol", ledger_edits.gone_on),
     )
 
 
@@ -125,10 +125,10 @@ def _unnoticed() -> Iterator[Fault]:
 
     def larger(scene: Scene) -> Changes:
         file = "sum-3.release"
-        return {file: forging.released(scene, file, None, edits.plus_one)}
+        return {file: forging.released(scene, file, None, contents.plus_one)}
 
     def larger_direct(scene: Scene) -> Changes:
-        edit, file = edits.residue_plus(0, 1, 1), "sum-1.release"
+        edit, file = contents.residue_plus(0, 1, 1), "sum-1.release"
         return {file: forging.released(scene, file, None, edit)}
 
     yield Fault("result-unit", unit, lines.OPEN_SUM, 0, larger)
@@ -139,13 +139,13 @@ def _unnoticed() -> Iterator[Fault]:
             "upload-error",
             "an error beyond 64; only an audit sees it",
             lines.SUM,
-            lambda scene: {a: forging.proven(scene, a, body=edits.plus(1000))},
+            lambda scene: {a: forging.proven(scene, a, body=contents.plus(1000))},
         ),
         (
             "upload-tag",
             "another opened tag; only an audit sees it",
             f"verify {late} --job job/job.json",
-            edits.proven_header(late, put(opened_tag=lines.TAG)),
+            contents.proven_header(late, put(opened_tag=lines.TAG)),
         ),
         (
             "upload-made-again",

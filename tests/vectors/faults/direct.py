@@ -13,8 +13,8 @@ from tests.vectors.command_lines import (
     DIRECT_VERIFY,
     TAG,
 )
-from tests.vectors.faults import edits
-from tests.vectors.faults.edits import Edit2
+from tests.vectors.faults import contents
+from tests.vectors.faults.contents import Edit2
 from tests.vectors.faults.fault import Fault
 from tests.vectors.scenarios import tensors
 from tests.vectors.scene import Changes, Scene, put
@@ -42,7 +42,7 @@ def direct() -> Iterator[Fault]:
         "c_4 of the second group has 1 added to its block",
         DIRECT_SUM,
         4,
-        lambda scene: {upload: scene.residue(upload, 1, 4, lambda c: edits.added(scene, c))},
+        lambda scene: {upload: scene.residue(upload, 1, 4, lambda c: contents.added(scene, c))},
     )
     yield fault(
         "residue-c0-beyond",
@@ -56,7 +56,7 @@ def direct() -> Iterator[Fault]:
         "made for the next round; the proof is made anew",
         DIRECT_SUM,
         3,
-        edits.proven_header("bob-1.upload", put(round=2)),
+        contents.proven_header("bob-1.upload", put(round=2)),
     )
     yield fault(
         "model-residue-wrong",
@@ -64,7 +64,7 @@ def direct() -> Iterator[Fault]:
         DIRECT_VERIFY,
         4,
         lambda scene: {
-            "model-1.enc": scene.residue("model-1.enc", 0, 1, lambda c: edits.added(scene, c))
+            "model-1.enc": scene.residue("model-1.enc", 0, 1, lambda c: contents.added(scene, c))
         },
     )
     yield fault(
@@ -90,7 +90,7 @@ def direct() -> Iterator[Fault]:
         "another opened tag; the proof is made anew",
         DIRECT_AUDIT,
         4,
-        edits.proven_header("alice-2.upload", put(opened_tag=TAG)),
+        contents.proven_header("alice-2.upload", put(opened_tag=TAG)),
     )
     yield fault(
         "audit-value",
@@ -99,7 +99,7 @@ def direct() -> Iterator[Fault]:
         4,
         lambda scene: {
             "alice-2.upload": forging.proven(
-                scene, "alice-2.upload", blocks=edits.block_plus(0, 1 << 22)
+                scene, "alice-2.upload", blocks=contents.block_plus(0, 1 << 22)
             )
         },
     )
@@ -110,7 +110,7 @@ def direct() -> Iterator[Fault]:
         4,
         lambda scene: {
             "alice-2.upload": forging.proven(
-                scene, "alice-2.upload", blocks=edits.block_plus(20, 1)
+                scene, "alice-2.upload", blocks=contents.block_plus(20, 1)
             )
         },
     )
@@ -130,12 +130,14 @@ def direct() -> Iterator[Fault]:
             "job/carol.ledger" if tried else "",
         )
 
-    yield opened("value", "a value beyond n e_max", edits.residue_plus(0, 1, 3 << 21))
-    yield opened("padding", "a slot after the last value is not zero", edits.residue_plus(2, 7, 1))
-    yield opened("block", "a block out of range", edits.residue_plus(1, 2, 1 << 252))
-    yield opened("no-block", "a residue that does not open", edits.residue_times(1, 3))
+    yield opened("value", "a value beyond n e_max", contents.residue_plus(0, 1, 3 << 21))
     yield opened(
-        "unit", "one unit more than the sum of the uploads", edits.residue_plus(0, 1, 1), False
+        "padding", "a slot after the last value is not zero", contents.residue_plus(2, 7, 1)
+    )
+    yield opened("block", "a block out of range", contents.residue_plus(1, 2, 1 << 252))
+    yield opened("no-block", "a residue that does not open", contents.residue_times(1, 3))
+    yield opened(
+        "unit", "one unit more than the sum of the uploads", contents.residue_plus(0, 1, 1), False
     )
     yield fault(
         "release-body",

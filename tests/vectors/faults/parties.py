@@ -4,9 +4,9 @@ from collections.abc import Callable, Iterator
 
 from dtl.core.files import canonical_json
 from tests.vectors.command_lines import AUDIT, FIRST, JOB, OPEN, OTHER, SUM
-from tests.vectors.faults import edits
-from tests.vectors.faults.edits import STEP
+from tests.vectors.faults import edits, ledger_edits
 from tests.vectors.faults.fault import Fault
+from tests.vectors.faults.ledger_edits import STEP
 from tests.vectors.scenarios import PASSPHRASE
 from tests.vectors.scene import Changes, Edit, Json, Scene, drop, put
 
@@ -219,17 +219,17 @@ def ledgers() -> Iterator[Fault]:
 
     yield fault("line-removed", "a line in the middle is missing", lambda x: x[:2] + x[3:])
     yield fault("first-removed", "the first line is missing", lambda x: x[1:])
-    yield fault("line-changed", "a round has been changed", edits.ledger_round)
+    yield fault("line-changed", "a round has been changed", ledger_edits.ledger_round)
     yield fault("lines-swapped", "two lines are swapped", lambda x: [x[0], x[2], x[1], *x[3:]])
     yield fault("line-twice", "the last line twice", lambda x: [*x, x[-1]])
     yield fault("line-empty", "an empty line in the middle", lambda x: [x[0], b"\n", *x[1:]])
     yield fault("line-end-two", "an empty line at the end", lambda x: [*x, b"\n"])
     yield fault("space", "a space in a line", lambda x: [*x[:-1], x[-1].replace(b":", b": ", 1)])
     yield fault("garbage", "a last line that is no JSON", lambda x: [*x, b"garbage"])
-    yield fault("damaged", "a damaged last line without its line end", edits.damaged)
+    yield fault("damaged", "a damaged last line without its line end", ledger_edits.damaged)
     yield fault("empty", "nothing at all", lambda x: [])
-    yield fault("event-unknown", "a linked line with an unknown event", edits.unknown_event)
-    yield fault("field-more", "a linked line with a field too many", edits.linked_more)
+    yield fault("event-unknown", "a linked line with an unknown event", ledger_edits.unknown_event)
+    yield fault("field-more", "a linked line with a field too many", ledger_edits.linked_more)
     for title, about, event, values in (
         ("tried-flag", "a tried line that says 1 for true", "tried", {"after_failure": 1}),
         ("tried-release", "a tried line whose release is no digest", "tried", {"release": None}),
@@ -247,14 +247,14 @@ def ledgers() -> Iterator[Fault]:
         ("upload-opened", "an upload line whose `opened` is no digest", "upload", {"opened": ""}),
         ("reveal-close", "a reveal line whose `close` is null", "reveal", {"close": None}),
     ):
-        yield fault(title, about, edits.line_put(event, values))
+        yield fault(title, about, ledger_edits.line_put(event, values))
     for title, about, values in (
         ("step-source", "a step line from nowhere", {"source": "none"}),
         ("step-adopted-nobody", "a step line adopted from nobody", {"source": "adopt:"}),
         ("step-sum", "a step line without a sum", {"sum": None}),
         ("step-content", "a step line without content", {"content": None}),
     ):
-        yield fault(title, about, edits.line_added(STEP | values))
+        yield fault(title, about, ledger_edits.line_added(STEP | values))
     yield Fault(
         "ledger-of-another",
         "the ledger of another participant",
@@ -268,40 +268,40 @@ def ledgers() -> Iterator[Fault]:
         "says that the same result was opened with another content",
         OPEN,
         4,
-        lambda scene: {name: scene.relinked("alice", edits.opened_other)},
+        lambda scene: {name: scene.relinked("alice", ledger_edits.opened_other)},
     )
     yield Fault(
         "ledger-content-of-file-other",
         "says that the same result was written with another content",
         OPEN,
         4,
-        edits.ledger("alice", edits.opened_put("content")),
+        ledger_edits.ledger("alice", ledger_edits.opened_put("content")),
     )
     yield Fault(
         "ledger-upload-accepted",
         "says that another upload of alice's was accepted for round 3",
         SUM,
         5,
-        lambda scene: {"job/server.ledger": scene.relinked("server", edits.accepted_other)},
+        lambda scene: {"job/server.ledger": scene.relinked("server", ledger_edits.accepted_other)},
     )
     yield Fault(
         "ledger-closed",
         "says that round 3 was closed without alice",
         SUM,
         5,
-        lambda scene: {"job/server.ledger": scene.relinked("server", edits.closed_without)},
+        lambda scene: {"job/server.ledger": scene.relinked("server", ledger_edits.closed_without)},
     )
     yield Fault(
         "ledger-before-close",
         "an early copy of the ledger, which does not know the close file",
         FIRST,
         3,
-        lambda scene: {"job/server.ledger": edits.before_close(scene.lines("server"))},
+        lambda scene: {"job/server.ledger": ledger_edits.before_close(scene.lines("server"))},
     )
     yield Fault(
         "ledger-released-other",
         "says that another result of the round was released",
         "release-model sum-3.enc --key job/server.key -o out",
         5,
-        lambda scene: {"job/server.ledger": scene.relinked("server", edits.released_other)},
+        lambda scene: {"job/server.ledger": scene.relinked("server", ledger_edits.released_other)},
     )

@@ -23,7 +23,7 @@ from tests.vectors.command_lines import (
     VERIFY_SUM,
     A,
 )
-from tests.vectors.faults import edits
+from tests.vectors.faults import edits, ledger_edits
 from tests.vectors.faults.fault import Fault
 from tests.vectors.scenarios import SPECS, tensors
 from tests.vectors.scene import Changes, Scene, put
@@ -191,14 +191,14 @@ def bases() -> Iterator[Fault]:
         "not the model after the step",
         4,
         STEPPED,
-        edits.ledger("alice", edits.event_put("step", content=OTHER)),
+        ledger_edits.ledger("alice", ledger_edits.event_put("step", content=OTHER)),
     )
     yield sums(
         "second",
         "another step along the sum was taken",
         5,
         OWN_STEP,
-        edits.ledger("bob", edits.step_other),
+        ledger_edits.ledger("bob", ledger_edits.step_other),
     )
     yield sums("no-sum", "no sum was opened", 5, OWN_STEP.replace("bob", "carol"), edits.no)
     yield sums("round-past", "a round that is over", 2, f"{OWN_STEP} --round 1", edits.no)
@@ -207,7 +207,7 @@ def bases() -> Iterator[Fault]:
         "not the sum that was opened",
         4,
         APPLY,
-        edits.ledger("bob", edits.event_put("open", content=OTHER)),
+        ledger_edits.ledger("bob", ledger_edits.event_put("open", content=OTHER)),
     )
     yield sums(
         "apply-not-opened",
@@ -228,7 +228,7 @@ def bases() -> Iterator[Fault]:
         "the model before the sum is not in the ledger",
         5,
         APPLY,
-        edits.ledger("bob", edits.event_put("open", parent=OTHER)),
+        ledger_edits.ledger("bob", ledger_edits.event_put("open", parent=OTHER)),
     )
 
 

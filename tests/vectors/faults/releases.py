@@ -12,9 +12,10 @@ from tests.vectors.command_lines import (
     UPLOADS,
     VERIFY_RELEASE,
 )
-from tests.vectors.faults import edits
-from tests.vectors.faults.edits import COEFFICIENTS, GROUPS, Edit2, Ledger
+from tests.vectors.faults import contents, edits, ledger_edits
+from tests.vectors.faults.contents import COEFFICIENTS, GROUPS, Edit2
 from tests.vectors.faults.fault import Fault
+from tests.vectors.faults.ledger_edits import Ledger
 from tests.vectors.scenarios import tensors
 from tests.vectors.scene import Changes, Edit, Scene, Tensors, drop, put
 
@@ -156,14 +157,14 @@ def proofs() -> Iterator[Fault]:
         return sealed(
             title,
             about,
-            lambda scene, payload: edits.number_set(
+            lambda scene, payload: contents.number_set(
                 payload, at * scene.width, scene.width, lambda old: value(scene, old)
             ),
         )
 
     last = 7 * GROUPS
-    yield part("c1-negated", "c'_1 of the first group is times -1", 0, edits.negated)
-    yield part("c1-added-to", "c'_1 of the first group has a block more", 0, edits.added)
+    yield part("c1-negated", "c'_1 of the first group is times -1", 0, contents.negated)
+    yield part("c1-added-to", "c'_1 of the first group has a block more", 0, contents.added)
     yield part("c1-small", "c'_1 of the first group is 3", 0, lambda scene, old: 3)
     for title, about, at in (
         ("c", "c'_7 of the last group", last - 1),
@@ -173,14 +174,14 @@ def proofs() -> Iterator[Fault]:
         yield part(f"{title}-zero", f"{about} is 0", at, lambda scene, old: 0)
         yield part(f"{title}-square", f"{about} is N^2", at, lambda scene, old: scene.square)
         yield part(f"{title}-multiple-of-p", f"{about} is p", at, lambda scene, old: scene.p)
-    yield part("t-wrong", "t_1 has a block more", last, edits.added)
-    yield part("t-prime-wrong", "t'_7 has a block more", last + 13, edits.added)
+    yield part("t-wrong", "t_1 has a block more", last, contents.added)
+    yield part("t-prime-wrong", "t'_7 has a block more", last + 13, contents.added)
 
     def z(title: str, about: str, edit: Callable[[int], int]) -> Fault:
         return sealed(
             title,
             about,
-            lambda scene, payload: edits.number_set(payload, len(payload) - 65, 65, edit),
+            lambda scene, payload: contents.number_set(payload, len(payload) - 65, 65, edit),
         )
 
     yield z("z-wrong", "z_7 is larger by 1", lambda old: old + 1)
@@ -213,40 +214,40 @@ def proofs() -> Iterator[Fault]:
         def make(scene: Scene, value: Callable[[Scene], int] | None = value) -> Changes:
             def edit(found: Tensors) -> None:
                 new = (lambda old: value(scene)) if value else (lambda old: old + scene.p * scene.q)
-                edits.set_residue(found, scene.width, 0, 0, new)
+                contents.set_residue(found, scene.width, 0, 0, new)
 
             return {"sum-3.release": forging.released(scene, "sum-3.release", None, edit)}
 
         yield Fault(
             f"result-c0-{title}", f"a c_0 of the result {about}; a release of it", OPEN_SUM, 3, make
         )
-    yield hostile("word-too-large", "a word of the body is p_2", edits.words(1, 5), 3, False)
-    yield hostile("garbage", "the body is what nobody made", edits.garbage_body)
-    yield hostile("error", "an error beyond 64 U", edits.words_plus(300))
-    yield hostile("value", "a value beyond n e_max", edits.words_plus(3 << 28 + 21))
-    yield hostile("above", "something above the slots", edits.words_plus(1 << 28 + 24 * 7))
+    yield hostile("word-too-large", "a word of the body is p_2", contents.words(1, 5), 3, False)
+    yield hostile("garbage", "the body is what nobody made", contents.garbage_body)
+    yield hostile("error", "an error beyond 64 U", contents.words_plus(300))
+    yield hostile("value", "a value beyond n e_max", contents.words_plus(3 << 28 + 21))
+    yield hostile("above", "something above the slots", contents.words_plus(1 << 28 + 24 * 7))
     yield hostile(
         "padding",
         "a slot that is left over is not zero",
-        edits.words_plus(1 << 28 + 24 * 6, COEFFICIENTS - 1),
+        contents.words_plus(1 << 28 + 24 * 6, COEFFICIENTS - 1),
     )
     yield hostile(
-        "secret", "a secret beyond 64 U, in the blocks alone", edits.residue_plus(0, 1, 300)
+        "secret", "a secret beyond 64 U, in the blocks alone", contents.residue_plus(0, 1, 300)
     )
     yield hostile(
         "secret-padding",
         "the blocks hold more than the secret",
-        edits.residue_plus(GROUPS - 1, 7, 1 << 28 * 8),
+        contents.residue_plus(GROUPS - 1, 7, 1 << 28 * 8),
     )
-    yield hostile("block", "a block out of range", edits.residue_plus(1, 2, 1 << 252))
-    yield hostile("no-block", "a residue that does not open", edits.residue_times(1, 3))
+    yield hostile("block", "a block out of range", contents.residue_plus(1, 2, 1 << 252))
+    yield hostile("no-block", "a residue that does not open", contents.residue_times(1, 3))
     evidence = f"{OPEN_SUM} --uploads {UPLOADS}"
     unit = "one unit more than the sum of the uploads"
-    yield hostile("unit", unit, edits.words_plus(1 << 28), 4, False, evidence)
+    yield hostile("unit", unit, contents.words_plus(1 << 28), 4, False, evidence)
     yield hostile(
         "unit-verified",
         unit,
-        edits.words_plus(1 << 28),
+        contents.words_plus(1 << 28),
         4,
         False,
         f"verify sum-3.release --key job/carol.key --uploads {UPLOADS}",
@@ -254,7 +255,7 @@ def proofs() -> Iterator[Fault]:
     yield hostile(
         "unit-without-key",
         unit,
-        edits.words_plus(1 << 28),
+        contents.words_plus(1 << 28),
         4,
         False,
         f"verify sum-3.release --job job/job.json --uploads {UPLOADS}",
@@ -286,20 +287,25 @@ def attempts() -> Iterator[Fault]:
     """What an earlier attempt to open forbids; carol has not opened sum-3."""
 
     def fault(title: str, about: str, code: int, edit: Ledger, command: str = OPEN_SUM) -> Fault:
-        return Fault(f"tried-{title}", about, command, code, edits.ledger("carol", edit))
+        return Fault(f"tried-{title}", about, command, code, ledger_edits.ledger("carol", edit))
 
-    yield fault("another", "another result of the round was tried", 4, edits.tried(3))
+    yield fault("another", "another result of the round was tried", 4, ledger_edits.tried(3))
     yield fault(
         "another-after-failure",
         "another result was tried; --after-failure does not lift it",
         4,
-        edits.tried(3),
+        ledger_edits.tried(3),
         f"{OPEN_SUM} --after-failure",
     )
-    yield fault("failure", "an attempt of another round has failed", 5, edits.tried(2**32 - 1))
+    yield fault(
+        "failure", "an attempt of another round has failed", 5, ledger_edits.tried(2**32 - 1)
+    )
     yield fault(
         "failure-after-failure",
         "the same, after --after-failure was used once",
         5,
-        lambda entries: [edits.tried(2**31)(entries), edits.tried(2**32 - 1, True)(entries)],
+        lambda entries: [
+            ledger_edits.tried(2**31)(entries),
+            ledger_edits.tried(2**32 - 1, True)(entries),
+        ],
     )

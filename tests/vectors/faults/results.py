@@ -15,7 +15,7 @@ from tests.vectors.command_lines import (
     VERIFY_SUM,
     A,
 )
-from tests.vectors.faults import edits
+from tests.vectors.faults import contents, edits, ledger_edits
 from tests.vectors.faults.fault import Fault
 from tests.vectors.scene import Changes, Edit, Scene, put
 
@@ -33,7 +33,7 @@ def results() -> Iterator[Fault]:
         "model-residue-wrong",
         "a block of the model has 1 added",
         4,
-        lambda scene: scene.residue(name, 0, 1, lambda c: edits.added(scene, c)),
+        lambda scene: scene.residue(name, 0, 1, lambda c: contents.added(scene, c)),
     )
     yield fault(
         "model-residue-negated",
@@ -51,7 +51,7 @@ def results() -> Iterator[Fault]:
         "model-body-wrong",
         "a value of the model is one unit larger",
         4,
-        lambda scene: scene.tensors(name, edits.plus_one),
+        lambda scene: scene.tensors(name, contents.plus_one),
     )
     for title, about, value in (
         ("zero", "is 0", lambda scene: 0),
@@ -63,14 +63,14 @@ def results() -> Iterator[Fault]:
             f"a c_0 of the model {about}",
             RELEASE,
             3,
-            edits.unreleased(edits.residue_set(name, 0, 0, value)),
+            ledger_edits.unreleased(contents.residue_set(name, 0, 0, value)),
         )
         yield Fault(
             f"start-c0-{title}",
             f"a c_0 of the model that goes on {about}",
             MODEL_OUT,
             3,
-            edits.residue_set("model-1.enc", 0, 0, value),
+            contents.residue_set("model-1.enc", 0, 0, value),
         )
     yield header("model-too-many", "2^21 contributions", 7, edits.counts("alice", 2**21 - 4))
     yield header("model-count-huge", "2^32 contributions of one", 3, edits.counts("alice", 2**32))
@@ -212,14 +212,14 @@ def closing() -> Iterator[Fault]:
         "the owner has tried to open the result of the round",
         REVEAL,
         5,
-        edits.ledger("alice", edits.tried_instead_of_reveal),
+        ledger_edits.ledger("alice", ledger_edits.tried_instead_of_reveal),
     )
     yield Fault(
         "close-after-upload",
         "the owner has begun the round anew on the same base",
         REVEAL,
         5,
-        edits.ledger("alice", edits.begun_anew),
+        ledger_edits.ledger("alice", ledger_edits.begun_anew),
     )
 
     def revealed(title: str, about: str, code: int, make: Callable[[Scene], bytes]) -> Fault:
@@ -268,13 +268,13 @@ def closings() -> Iterator[Fault]:
         "word-too-large",
         "a word of the body is p_1: it could not be added up; the proof is made anew",
         3,
-        edits.proven_body(first, edits.word_set(0, 0)),
+        contents.proven_body(first, contents.word_set(0, 0)),
     )
     yield fault(
         "residue-added-to",
         "a block has 1 added",
         4,
-        lambda scene: scene.residue(first, 0, 1, lambda c: edits.added(scene, c)),
+        lambda scene: scene.residue(first, 0, 1, lambda c: contents.added(scene, c)),
     )
     yield Fault("closing-released", "the round was released", CLOSE, 5, edits.no)
     yield Fault(
@@ -299,5 +299,5 @@ def closings() -> Iterator[Fault]:
         "a word of the body is p_4; the proof is made anew",
         f"verify {A} --job job/job.json",
         3,
-        lambda scene: {A: forging.proven(scene, A, body=edits.word_set(3, 0))},
+        lambda scene: {A: forging.proven(scene, A, body=contents.word_set(3, 0))},
     )

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator
 
 from tests.vectors.command_lines import AUDIT, AUDIT_LATER, LATE, MODEL_OUT, OTHER, SUM, TAG, A, B
-from tests.vectors.faults import edits
-from tests.vectors.faults.edits import COEFFICIENTS, GROUPS, PRIMES, Edit2
+from tests.vectors.faults import contents, edits
+from tests.vectors.faults.contents import COEFFICIENTS, GROUPS, PRIMES, Edit2
 from tests.vectors.faults.fault import Fault
 from tests.vectors.scene import Changes, Edit, Scene, Tensors, drop, put
 
@@ -37,22 +37,24 @@ def uploads() -> Iterator[Fault]:
     yield first("multiple-of-p", "is p", lambda scene, c: scene.p)
     yield residue("zero", "is 0", 3, lambda scene, c: 0)
     yield residue("square", "is N^2", 3, lambda scene, c: scene.square)
-    yield residue("beyond", "is c + N^2, which is too large", 3, edits.beyond)
+    yield residue("beyond", "is c + N^2, which is too large", 3, contents.beyond)
     yield residue("multiple-of-p", "is a multiple of p", 3, lambda scene, c: scene.p)
-    yield residue("added-to", "has 1 added to its block", 4, edits.added)
+    yield residue("added-to", "has 1 added to its block", 4, contents.added)
     yield fault(
         "residues-swapped",
         "c_1 and c_2 of the first group are swapped",
         4,
         lambda scene: scene.tensors(
-            A, lambda found: edits.swap(found, "residues", scene.width, 1, 2)
+            A, lambda found: contents.swap(found, "residues", scene.width, 1, 2)
         ),
     )
     yield fault(
         "proof-d-swapped",
         "d_1 and d_2 are swapped",
         4,
-        lambda scene: scene.tensors(A, lambda found: edits.swap(found, "proof", scene.width, 1, 2)),
+        lambda scene: scene.tensors(
+            A, lambda found: contents.swap(found, "proof", scene.width, 1, 2)
+        ),
     )
     for part in ("d0", "d7", "z", "v1", "v3", "v7"):
         about = f"{part[0]}_{part[1:]}" if part != "z" else "z"
@@ -60,7 +62,7 @@ def uploads() -> Iterator[Fault]:
             f"proof-{part}-wrong",
             f"{about} of the proof is one larger",
             4,
-            edits.one_larger(part),
+            contents.one_larger(part),
         )
     yield fault(
         "proof-d0-beyond",
@@ -93,7 +95,7 @@ def uploads() -> Iterator[Fault]:
         "the proof is that of another participant's upload",
         4,
         lambda scene: scene.tensors(
-            A, lambda found: found.update(proof=edits.tensor(scene, B, "proof"))
+            A, lambda found: found.update(proof=contents.tensor(scene, B, "proof"))
         ),
     )
     yield fault(
@@ -193,14 +195,14 @@ def uploads() -> Iterator[Fault]:
         "the residues are of another shape",
         3,
         lambda scene: scene.tensors(
-            A, lambda found: edits.reshape(found, [8 * GROUPS, scene.width])
+            A, lambda found: contents.reshape(found, [8 * GROUPS, scene.width])
         ),
     )
     yield fault(
         "group-missing",
         "the last group is missing",
         3,
-        lambda scene: scene.tensors(A, lambda found: edits.cut(found, scene.width)),
+        lambda scene: scene.tensors(A, lambda found: contents.cut(found, scene.width)),
     )
     yield Fault(
         "upload-given-twice", "an upload is given twice", f"aggregate {A} {SUM[10:]}", 5, edits.no
@@ -232,33 +234,35 @@ def bodies() -> Iterator[Fault]:
         return lambda scene: scene.tensors(A, edit)
 
     yield fault("missing", "without a body", 3, edited(lambda found: found.pop("body")))
-    yield fault("cut", "the body is a byte short", 3, edited(lambda found: edits.resize(found, -1)))
     yield fault(
-        "longer", "the body has a byte more", 3, edited(lambda found: edits.resize(found, 1))
+        "cut", "the body is a byte short", 3, edited(lambda found: contents.resize(found, -1))
+    )
+    yield fault(
+        "longer", "the body has a byte more", 3, edited(lambda found: contents.resize(found, 1))
     )
     yield fault(
         "of-another",
         "the body is that of another participant's upload",
         4,
         lambda scene: scene.tensors(
-            A, lambda found: found.update(body=edits.tensor(scene, B, "body"))
+            A, lambda found: found.update(body=contents.tensor(scene, B, "body"))
         ),
     )
     yield fault(
-        "changed", "a word is larger by 1, under the old proof", 4, edited(edits.word_larger)
+        "changed", "a word is larger by 1, under the old proof", 4, edited(contents.word_larger)
     )
     for prime in range(4):
         yield fault(
             f"word-{prime + 1}-too-large",
             f"a word modulo p_{prime + 1} is p_{prime + 1}; the proof is made anew",
             3,
-            edits.proven_body(A, edits.word_set(prime, 0)),
+            contents.proven_body(A, contents.word_set(prime, 0)),
         )
     yield fault(
         "word-largest",
         "a word has all its bits set; the proof is made anew",
         3,
-        edits.proven_body(A, edits.word_set(0, 2**50 - 1 - PRIMES[0])),
+        contents.proven_body(A, contents.word_set(0, 2**50 - 1 - PRIMES[0])),
     )
 
     yield Fault(
@@ -266,7 +270,7 @@ def bodies() -> Iterator[Fault]:
         "the upload with the word is left out, and then somebody is missing",
         f"{SUM} --skip-invalid",
         6,
-        lambda scene: {A: edits.proven_body(A, edits.word_set(0, 0))(scene)},
+        lambda scene: {A: contents.proven_body(A, contents.word_set(0, 0))(scene)},
     )
 
     def result(name: str, about: str, command: str, code: int, edit: Edit2) -> Fault:
@@ -276,10 +280,10 @@ def bodies() -> Iterator[Fault]:
         return Fault(f"model-body-{name}", about, command, code, change)
 
     again = MODEL_OUT
-    yield result("word-too-large", "a word of the model is p_1", again, 3, edits.words(0, 0))
+    yield result("word-too-large", "a word of the model is p_1", again, 3, contents.words(0, 0))
     yield result("missing", "a model without a body", again, 3, lambda found: found.pop("body"))
     yield result(
-        "cut", "the body of a model is cut", again, 3, lambda found: edits.resize(found, -1)
+        "cut", "the body of a model is cut", again, 3, lambda found: contents.resize(found, -1)
     )
 
     def audited(name: str, about: str, make: Callable[[Scene], bytes]) -> Fault:
@@ -288,28 +292,30 @@ def bodies() -> Iterator[Fault]:
     yield audited(
         "body-error",
         "an error beyond 64; the proof is made anew",
-        edits.proven_body(A, edits.plus(1000)),
+        contents.proven_body(A, contents.plus(1000)),
     )
     yield audited(
         "body-value",
         "a value beyond e_max; the proof is made anew",
-        edits.proven_body(A, edits.plus(1 << 28 + 21)),
+        contents.proven_body(A, contents.plus(1 << 28 + 21)),
     )
     yield audited(
         "body-padding",
         "a slot that is left over is not zero; the proof is made anew",
-        edits.proven_body(A, edits.plus(1 << 28 + 24 * 6, COEFFICIENTS - 1)),
+        contents.proven_body(A, contents.plus(1 << 28 + 24 * 6, COEFFICIENTS - 1)),
     )
     yield audited(
-        "secret", "a secret beyond 64; the proof is made anew", edits.proven_blocks(A, 0, 1000)
+        "secret", "a secret beyond 64; the proof is made anew", contents.proven_blocks(A, 0, 1000)
     )
     yield audited(
         "secret-padding",
         "the blocks hold more than the secret; the proof is made anew",
-        edits.proven_blocks(A, 7 * GROUPS - 1, 1 << 28 * 8),
+        contents.proven_blocks(A, 7 * GROUPS - 1, 1 << 28 * 8),
     )
     yield audited(
-        "block", "a block out of range; the proof is made anew", edits.proven_blocks(A, 3, 1 << 252)
+        "block",
+        "a block out of range; the proof is made anew",
+        contents.proven_blocks(A, 3, 1 << 252),
     )
     yield Fault(
         "audit-malformed",
@@ -317,11 +323,11 @@ def bodies() -> Iterator[Fault]:
         AUDIT,
         4,
         lambda scene: {
-            A: scene.residue(A, 2, 3, lambda c: c * edits.lifted(scene, A) % scene.square)
+            A: scene.residue(A, 2, 3, lambda c: c * contents.lifted(scene, A) % scene.square)
         },
     )
     for name, about, edit in (
         ("tag", "another opened tag; the proof is made anew", put(opened_tag=TAG)),
         ("round", "for another round: other masks; the proof is made anew", put(round=4)),
     ):
-        yield Fault(f"audit-{name}", about, AUDIT_LATER, 4, edits.proven_header(LATE, edit))
+        yield Fault(f"audit-{name}", about, AUDIT_LATER, 4, contents.proven_header(LATE, edit))
