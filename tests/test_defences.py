@@ -264,6 +264,7 @@ def test_an_attempt_is_on_disk_before_the_half_is_used(
         patch.setattr(scheme, "apply_half", crash)
         with pytest.raises(CrashError):
             open_release(round_, "alice", release)
+    assert events(round_, "alice") == ["upload", "tried"]
     tried = lines(round_, "alice")[-1]
     assert (tried["event"], tried["release"]) == ("tried", hostile.digest_of(release))
     assert tried["after_failure"] is False
