@@ -105,9 +105,12 @@ def missing_tests(mutants: list[Mutant]) -> list[str]:
             path = ROOT / file
             tree = ast.parse(path.read_text() if path.exists() else "")
             functions[file] = {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
-    return [
-        test for test in named if test.rpartition("::")[2] not in functions[test.partition("::")[0]]
-    ]
+    return [test for test in named if _function_of(test) not in functions[test.partition("::")[0]]]
+
+
+def _function_of(test: str) -> str:
+    """The name of a test's function, without its parameters."""
+    return test.partition("[")[0].rpartition("::")[2]
 
 
 def markdown(mutants: list[Mutant]) -> str:
