@@ -7,14 +7,18 @@ BIN := $(VENV)/bin
 SOURCES := cli core datasets tests
 BUILT_FROM := pyproject.toml $(wildcard core/crypto/*.[ch] core/lattice/*.[ch])
 
-.PHONY: demo test check bench bits timing vectors long exact faults fuzz engines mutants clean
+.PHONY: demo test slow check bench bits timing vectors long exact faults fuzz engines mutants clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.base
 	PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/demo.sh .demo
 
 test: $(VENV)/.test .links
-	$(BIN)/python -m pytest -q -n auto --dist worksteal $(TESTS)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m "not slow" $(TESTS)
+
+# The tests that take longest: kills at any time, samples of faults, builds under sanitizers.
+slow: $(VENV)/.test .links
+	$(BIN)/python -m pytest -q -n auto --dist worksteal -m slow $(TESTS)
 
 check: $(VENV)/.dev .links
 	$(BIN)/ruff format --check .

@@ -226,6 +226,7 @@ def tiny(new_round: NewRound) -> Round:
     return new_round(("a", "b", "c"), "--modulus-bits", 256, "--insecure")
 
 
+@pytest.mark.slow
 def test_hundreds_of_honest_proofs_hold(tiny: Round) -> None:
     round_ = tiny
     for number in range(200):
@@ -246,6 +247,7 @@ MALFORMED: dict[str, Callable[[int, int, int], int]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", MALFORMED)
 def test_hundreds_of_malformed_uploads_of_each_kind_do_not(tiny: Round, kind: str) -> None:
     round_ = tiny

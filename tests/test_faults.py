@@ -64,6 +64,7 @@ def hidden(folder: Path) -> list[Path]:
     return [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_time_leaves_the_output_absent_or_complete(new_round: NewRound) -> None:
     round_ = new_round(*SLOW)
     arrays = {"x": np.random.default_rng(0).normal(0, 0.1, 40000).astype(np.float32)}

@@ -61,6 +61,7 @@ def test_mutated_files_end_as_documented(corpus: Corpus, place: Path) -> None:
     assert tally.codes[3] > CASES // 4, "most mutations are noticed"
 
 
+@pytest.mark.slow
 def test_a_sample_of_all_fault_points(job: Scenario, place: Path) -> None:
     chance = random.Random(0)  # noqa: S311
     commands = [stage for stage in faults.distinct(job) if stage.step.name != "simulate"]
@@ -282,6 +283,7 @@ def _watch_modes() -> None:
     os.open = open_
 
 
+@pytest.mark.slow
 def test_nothing_secret_is_ever_readable_by_others(job: Scenario, place: Path) -> None:
     for stage in faults.distinct(job):
         folder = stage.copy(place / "case")
@@ -344,6 +346,7 @@ def test_the_search_finds_a_vector_that_is_not_encrypted(
     assert not [run for run in runs if run in (-values).tobytes()]
 
 
+@pytest.mark.slow
 def test_no_secret_is_printed_by_failing_commands(
     job: Scenario, corpus: Corpus, place: Path
 ) -> None:
@@ -387,6 +390,7 @@ def test_the_content_key_of_a_release_stays_inside(
     assert not [p for p in folder.rglob("*") if p.is_file() and needles.find(p.read_bytes())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["kill", "full", "broken", "interrupt"])
 def test_what_force_replaces_stays_until_it_is_replaced(
     mode: str, job: Scenario, place: Path

@@ -470,6 +470,7 @@ def tracer(tmp_path_factory: pytest.TempPathFactory) -> Tracer:
         pytest.skip(str(error))
 
 
+@pytest.mark.slow
 def test_steps_with_secret_exponents_are_the_same_for_all_of_them(
     tracer: Tracer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -643,6 +644,7 @@ def test_both_back_ends_write_the_same_files(
 # --- memory ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
     """Build it with -fsanitize=address,undefined, and run these very tests on that build.
 

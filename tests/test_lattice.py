@@ -903,6 +903,7 @@ def test_the_kernel_checks_sizes() -> None:
             wrong()
 
 
+@pytest.mark.slow
 def test_the_kernel_is_clean_under_sanitizers(tmp_path: Path) -> None:
     """Build it with -fsanitize=address,undefined, and run these very tests on that build."""
     import sysconfig

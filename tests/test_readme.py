@@ -64,6 +64,7 @@ def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert verdicts == ["good"] * 5
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_the_simulation_runs_as_it_stands_but_shorter(tmp_path: Path) -> None:
     (command,) = [block for block in shell_blocks() if block.startswith("dtl simulate")]

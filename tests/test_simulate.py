@@ -310,6 +310,7 @@ def test_missing_participants_are_named_and_admitted_once(simulate: Simulate, dt
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("after", ["rounds/001/round.json", "rounds/003"])
 def test_a_killed_run_is_resumed_to_the_same_bytes(after: str, tmp_path: Path) -> None:
     def command(name: str, *wanted: str) -> list[str]:
@@ -342,6 +343,7 @@ class _Stop(BaseException):
     """Nothing in the product catches this."""
 
 
+@pytest.mark.slow
 def test_any_step_can_be_the_last_one_done(
     simulate: Simulate, dtl: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -102,6 +102,7 @@ def test_the_second_implementation_computes_every_intermediate(title: str, scene
     assert found == vector["intermediates"]
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_the_second_implementation_opens_a_sum_at_full_size(tmp_path: Path) -> None:
     """n = 8192 and 3072 bits. All the rest is in `make vectors`: plain Python takes its time."""
