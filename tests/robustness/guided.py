@@ -32,6 +32,7 @@ from tests.robustness.fuzzing import SIGNED_SHARE, Case, Corpus, Tally, Target
 HEAD = 3  # bytes before the file's
 SIGN, SWAPPED = 1, 2  # flags
 MAX_BYTES = 1 << 20
+SEEDS_A_SECOND = 8  # a short run takes a sample of the seeds
 KEPT = Path.cwd() / "fuzz-failures"
 
 
@@ -43,11 +44,17 @@ class Guided:
         self._targets = [target for kind in corpus.targets.values() for target in kind]
         self._targets += [target for target, _ in corpus.vectors]
 
-    def seeds(self, folder: Path) -> None:
-        """Write an input for every target as it is, to be signed anew or not, and the vectors."""
+    def seeds(self, folder: Path, most: int, seed: int) -> None:
+        """Write an input for every target as it is, to be signed anew or not, and the vectors.
+
+        At most so many, drawn by the seed: all of them run before the first mutation.
+        """
         folder.mkdir()
-        good = [(target, target.file.read_bytes()) for target in self._targets]
-        for count, (target, content) in enumerate(good + self._corpus.vectors):
+        found = [(target, target.file.read_bytes()) for target in self._targets]
+        found += self._corpus.vectors
+        if len(found) > most:
+            found = random.Random(seed).sample(found, most)  # noqa: S311
+        for count, (target, content) in enumerate(found):
             for flags in (0, SIGN) if target.signer() else (0,):
                 head = self._targets.index(target).to_bytes(2, "big") + bytes([flags])
                 (folder / f"{count}-{flags}").write_bytes(head + content)
@@ -127,7 +134,7 @@ def main() -> None:
     KEPT.mkdir(exist_ok=True)
     try:
         guided = Guided(Corpus(place), place)
-        guided.seeds(place / "seeds")
+        guided.seeds(place / "seeds", SEEDS_A_SECOND * seconds, seed)
         (place / "report").write_text("")
         tally = Tally.empty()
         child = os.fork()
