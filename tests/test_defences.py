@@ -6,7 +6,8 @@ Whole attacks, with their arithmetic, are in test_attacks.py.
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,14 @@ CANNOT_OPEN = "the result cannot be opened"
 
 class CrashError(Exception):
     """The power goes."""
+
+
+@contextmanager
+def raises(error: type[DtlError]) -> Iterator[None]:
+    """Demand an error of exactly this class: another error is another check's."""
+    with pytest.raises(DtlError) as found:
+        yield
+    assert type(found.value) is error
 
 
 def sum_of(round_: Round, *options: object) -> Path:
@@ -218,7 +227,8 @@ def test_a_result_is_opened_to_the_end_whatever_fails(
     spoil[kind]()
     release = round_.release(spoiler.write("spoiled.enc"))
     seen = watch_the_work(round_, monkeypatch)
-    round_.open(release, "a", code=4)
+    # With one worker, nothing is computed ahead of what is read.
+    round_.open(release, "a", "--workers", 1, code=4)
     assert sorted(seen) == list(range(spoiler.shape.polynomials))
     assert len(seen) > 8  # more than one batch
 
@@ -657,7 +667,7 @@ BASES: dict[str, tuple[list[Any], Basis, type[DtlError]]] = {
 @pytest.mark.parametrize("kind", BASES)
 def test_a_base_is_held_against_the_ledger(kind: str) -> None:
     entries, wanted, error = BASES[kind]
-    with pytest.raises(error):
+    with raises(error):
         basis.check_basis(hostile.ledger_of(*entries), wanted, accept_differencing=False)
 
 
@@ -1033,10 +1043,17 @@ def test_enough_are_needed(new_round: NewRound) -> None:
         contributions=dict.fromkeys("abcd", 1),
         missing=("e", "f"),
     )
-    with pytest.raises(QuorumError):
+    with raises(QuorumError):
         results.check_manifest(round_.job, few, Path("m"))
-    with pytest.raises(FormatError):
-        results.check_manifest(round_.job, manifest_of(1, missing=("a",)), Path("m"))
+    for unnamed in ({}, {"missing": ("zoe",)}):  # nothing about f
+        five = manifest_of(
+            1,
+            contributors=tuple(Contribution(participant=n, upload=A) for n in "abcde"),
+            contributions=dict.fromkeys("abcde", 1),
+            **unnamed,
+        )
+        with raises(FormatError):
+            results.check_manifest(round_.job, five, Path("m"))
 
 
 def test_more_uploads_than_can_be_opened_are_refused(new_round: NewRound) -> None:
@@ -1067,7 +1084,11 @@ REVEALS: dict[str, tuple[dict[str, Any], int]] = {
     "the own upload is another": ({"contributors": {"a": A}}, 4),
     "another base": ({"base": A}, 4),
     "declared missing itself": ({"missing": "a"}, 5),
-    "not about the roster": ({"missing": "zoe"}, 3),
+    "not about the whole roster": (
+        {"names": "abcdefg", "missing": "g", "contributors": {"f": None}},
+        3,
+    ),
+    "somebody else declared missing": ({"missing": "zoe"}, 3),
     "too few": ({"missing": "cd"}, 6),
 }
 
@@ -1079,13 +1100,14 @@ def test_a_close_file_is_checked_before_anything_is_revealed(
     from dtl.core.files.closing import Close
 
     changes, code = REVEALS[kind]
-    round_ = new_round(("a", "b", "c", "d"), masks=True)
+    round_ = new_round(tuple(changes.get("names", "abcd")), masks=True)
     round_.upload("a", random_arrays(1))
     own = lines(round_, "a")[0]["upload"]
     wanted: dict[str, Any] = {"contributors": {}, "missing": "d", "base": None} | changes
     missing = [wanted["missing"]] if wanted["missing"] == "zoe" else list(wanted["missing"])
     present = [name for name in round_.names if name not in missing]
     uploads = {name: own if name == "a" else B for name in present} | wanted["contributors"]
+    uploads = {name: upload for name, upload in uploads.items() if upload is not None}
     close = Close.signed(
         round_.opened_key("server").secrets.sign,
         format="dtl/v2",

@@ -32,6 +32,23 @@ def test_no_core_dump_of_a_command(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_command_sets_its_limit_of_core_dumps_to_zero() -> None:
+    """Seen even where the system makes no core dumps."""
+    code = (
+        "import resource, dtl.cli.app as app;"
+        "app.run = lambda: 40 + sum(resource.getrlimit(resource.RLIMIT_CORE)); app.main()"
+    )
+
+    def some() -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (1, 1))
+
+    _, most = resource.getrlimit(resource.RLIMIT_CORE)
+    if most == 0 and os.geteuid() != 0:
+        pytest.skip("no core dumps are allowed here in any case")
+    done = subprocess.run([sys.executable, "-c", code], preexec_fn=some, check=False)
+    assert done.returncode == 40
+
+
 def _dumpable() -> int:
     """What the system would do with this process (1: make a core dump), by prctl(2)."""
     pr_get_dumpable = 3

@@ -29,7 +29,7 @@ from dtl.core.files.tensors import ContentDigest, VectorDigest, encode_layout
 from dtl.core.files.tree_hash import PIECE, TreeHash, piece_hash
 
 SECRET = b"k" * 32
-HEADER = b'{"format":"dtl/v2","kind":"upload"}'
+HEADER = b'{"format":"dtl/v2","kind":"upload","round":1}'
 WIDTH = 4099  # rows that do not end where pieces do
 LAYOUT = (TensorSpec(name="w", shape=(2,), dtype="F32"),)
 
@@ -147,7 +147,8 @@ def test_the_file_digest_is_the_protocol_formula(write: Write, lanes: int) -> No
 def test_any_changed_byte_breaks_the_signature(write: Write) -> None:
     path = write(body=noise(PIECE + 10))
     data = bytearray(path.read_bytes())
-    for place in (len(data) - 1, len(data) - PIECE - 10):
+    header = data.index(b"1", data.index(b"round"))
+    for place in (len(data) - 1, len(data) - PIECE - 10, header):
         data[place] ^= 1
         path.write_bytes(data)
         with Container(path) as container, pytest.raises(VerificationError):

@@ -47,7 +47,7 @@ def reveal_masks(key: Key, path: Path, output: Path, force: bool = False) -> Rev
         )
     with Ledger(key) as ledger:
         sent = ledger.find(UploadEntry, round=close.round)
-        if not sent or (sent[0].upload, sent[0].base) != (close.uploads[key.name], close.base):
+        if not sent or (sent[0].upload, sent[0].base) != (close.uploads.get(key.name), close.base):
             raise VerificationError(f"{path}: does not name the upload that {key.name} made")
         before = ledger.find(RevealEntry, round=close.round)
         if not before:
