@@ -17,7 +17,9 @@ JOBS = 6  # of each cipher; `make exact` plays two hundred, with up to 40 partic
 MOST = 12
 
 
-@pytest.mark.parametrize("number", range(JOBS))
+@pytest.mark.parametrize(
+    "number", [0, 1, *(pytest.param(number, marks=pytest.mark.slow) for number in range(2, JOBS))]
+)
 @pytest.mark.parametrize("cipher", CIPHERS)
 def test_random_jobs_open_to_the_integers_of_plain_arithmetic(
     cipher: str, number: int, dtl: Cli, tmp_path: Path, fixed_primes: None

@@ -155,8 +155,7 @@ def test_a_second_interruption_and_a_late_one_show_no_traceback(place: str) -> N
     assert b"Traceback" not in ended.stderr
 
 
-@pytest.mark.parametrize("json", [(), ("--json",)])
-@pytest.mark.parametrize("where", ["full", "gone"])
+@pytest.mark.parametrize(("where", "json"), [("full", ()), ("gone", ("--json",))])
 def test_streams_that_cannot_be_written(
     json: tuple[str, ...], where: str, new_round: NewRound
 ) -> None:

@@ -177,7 +177,13 @@ def test_every_operation_is_the_integers_one(backend: Backend, n: int) -> None:
     arithmetic.check(batch_of(units, arithmetic))
 
 
-@pytest.mark.parametrize("n", EVERY[2::3], ids=IDS[2::3])
+@pytest.mark.parametrize(
+    "n",
+    [
+        pytest.param(n, id=name, marks=[pytest.mark.slow] * (n.bit_length() > 3072))
+        for n, name in zip(EVERY[2::3], IDS[2::3], strict=True)
+    ],
+)
 def test_every_power_is_the_integers_one(backend: Backend, n: int) -> None:
     arithmetic, n2, x = backend(n), n * n, operands(n)
     skip_if_slow(arithmetic)
@@ -233,7 +239,7 @@ def test_every_power_is_the_integers_one(backend: Backend, n: int) -> None:
 @needs_kernel
 @given(st.data())
 @settings(
-    max_examples=60,
+    max_examples=20 if native.unavailable() else 60,  # emulated instructions are slow
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -33,6 +33,7 @@ def environment() -> dict[str, str]:
     return clean | {"PATH": path}
 
 
+@pytest.mark.slow
 @pytest.mark.full
 def test_the_tour_runs_as_it_stands(tmp_path: Path) -> None:
     assert shutil.which("dtl", path=environment()["PATH"])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dtl.cli import app
 from dtl.core.learning.simulation import charts
 from tests.helpers import Cli
 
@@ -47,12 +48,14 @@ frame.onload = () => {
 </script>"""
 
 
-@pytest.fixture
-def page(dtl: Cli, tmp_path: Path, fixed_primes: None) -> Path:
-    folder = tmp_path / "run"
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of one run, for all tests here: none of them changes it."""
+    folder = tmp_path_factory.mktemp("report") / "run"
     wanted = ("--participants", 7, "--rounds", 9, "--drop", 0.25, "--seed", 1, "--hidden", 6)
     small = ("--modulus-bits", 512, "--insecure", "--quiet")
-    dtl("simulate", "breast_cancer", *wanted, *small, "--out", folder)
+    words = ("simulate", "breast_cancer", *wanted, *small, "--out", folder)
+    assert app.run([str(word) for word in words]) == 0
     return folder / "report.html"
 
 

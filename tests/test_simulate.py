@@ -162,6 +162,7 @@ def test_what_it_is_held_against_by_plain_numpy(weights: str, simulate: Simulate
         alone = {name: moved(alone[name], gradient(alone[name], *data[name])[0]) for name in names}
 
 
+@pytest.mark.slow
 def test_thirty_rounds_train_as_well_as_in_the_clear(simulate: Simulate) -> None:
     wanted = ("--participants", 5, "--rounds", 30, "--alpha", 0.3, "--hidden", 32)
     found = report_of(simulate("digits", *wanted))["summary"]

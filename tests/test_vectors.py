@@ -90,6 +90,7 @@ def test_the_second_implementation_shares_no_code_with_dtl() -> None:
                 assert top in allowed - {"importlib"}, f"{path}: {name}"
 
 
+@pytest.mark.slow
 def test_dtl_makes_the_vectors_anew() -> None:
     assert make.differences(make.make(), make.stored()) == []
 
