@@ -1,6 +1,7 @@
 """A job and its parties through the command line, from fixed primes."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +72,14 @@ class Round:
         self.keys = folder / "job"
         roster = ",".join(names)
         sizes = () if "--modulus-bits" in options else ("--modulus-bits", 512, "--insecure")
-        dtl("keygen", self.keys, "--participants", roster, *sizes, *options)
+        if not self.keys.exists():
+            dtl("keygen", self.keys, "--participants", roster, *sizes, *options)
         self.job = Job.load(self.keys / "job.json")
+
+    def copied(self, folder: Path) -> "Round":
+        """The same round with all its files in another folder."""
+        shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        return Round(self.dtl, folder, self.names)
 
     def key(self, name: str) -> Path:
         return self.keys / f"{name}.key"

@@ -26,14 +26,31 @@ def round_(new_round: NewRound) -> Round:
     return new_round()
 
 
+@pytest.fixture(scope="module")
+def made() -> list[Round]:
+    """The round of `full`, once it was made."""
+    return []
+
+
 @pytest.fixture
-def full(round_: Round) -> Round:
-    """A round up to the release: alice.upload.., result.enc, result.release."""
-    round_.save("w0.safetensors", random_arrays(9, 0.5))
-    given = {p: random_arrays(i) for i, p in enumerate(round_.names)}
-    uploads = round_.uploads(given, "--model", round_.folder / "w0.safetensors")
-    round_.release(round_.aggregate(uploads, "--initial", round_.folder / "w0.safetensors"))
-    return round_
+def full(
+    made: list[Round],
+    dtl: Cli,
+    fixed_primes: None,
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Round:
+    """A round up to the release: alice.upload.., result.enc, result.release; a copy each time."""
+    if not made:
+        round_ = Round(dtl, tmp_path_factory.mktemp("full"), THREE, "--no-masks")
+        round_.save("w0.safetensors", random_arrays(9, 0.5))
+        given = {p: random_arrays(i) for i, p in enumerate(round_.names)}
+        uploads = round_.uploads(given, "--model", round_.folder / "w0.safetensors")
+        round_.release(round_.aggregate(uploads, "--initial", round_.folder / "w0.safetensors"))
+        made.append(round_)
+    copy = made[0].copied(tmp_path)
+    copy.dtl = dtl
+    return copy
 
 
 def upload_paths(round_: Round) -> list[Path]:

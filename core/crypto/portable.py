@@ -24,6 +24,9 @@ _ENTRY_OVERHEAD = 176  # a tuple of two mpz objects and the list slot
 _SQUARING = 0.8  # its time in products
 _WINDOW = 4  # bits of the shared-base powers' digits
 _POWER_WINDOW = 5  # bits of the digits of powers of one base
+_PAIRS_FROM_BITS = 2560
+"""From this length of N on, a power of one base is faster by pairs than by gmpy2.powmod: at
+3072 bits by a sixth. At 2048 bits both are equal; at 512 bits pairs take three times as long."""
 
 LIBRARY = f"gmpy2 {gmpy2.version()}, {gmpy2.mp_version()}"
 
@@ -163,11 +166,15 @@ class Arithmetic(arithmetic.Arithmetic):
         return _bytes(result, *self._shape(first))
 
     def powers(self, bases: Bytes, exponent: int, *, secret_bits: int | None) -> Bytes:
-        """One base after the other, of pairs, with sliding windows."""
+        """One base after the other; of long numbers by pairs, with sliding windows."""
         check_length([exponent], secret_bits)
-        digits, n = _sliding(exponent, _POWER_WINDOW), self._n
+        shape, n = self._shape(bases), self._n
+        if n.bit_length() < _PAIRS_FROM_BITS:
+            short = (gmpy2.powmod(b, exponent, self._n2) for b in _numbers(bases))
+            return _bytes(short, *shape)
+        digits = _sliding(exponent, _POWER_WINDOW)
         powers = (self._number(_power(self._pair(b), digits, n)) for b in _numbers(bases))
-        return _bytes(powers, *self._shape(bases))
+        return _bytes(powers, *shape)
 
     def shared_base_powers(
         self, bases: Bytes, exponents: Sequence[int], *, secret_bits: int | None
