@@ -1,5 +1,6 @@
 """Fixtures: the command line in this process, and jobs from fixed primes."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -39,21 +40,39 @@ def dtl(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 def fixed_primes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make keygen take the fixed primes."""
 
-    def primes(modulus_bits: int, work: object) -> Iterator[int]:
-        return cycle(PRIMES[modulus_bits])
+    monkeypatch.setattr(key_center, "_safe_primes", _fixed_primes)
 
-    monkeypatch.setattr(key_center, "_safe_primes", primes)
+
+def _fixed_primes(modulus_bits: int, work: object) -> Iterator[int]:
+    return cycle(PRIMES[modulus_bits])
+
+
+@pytest.fixture(scope="session")
+def usual_job(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The job that most tests want, made once: three participants without masks."""
+    folder = tmp_path_factory.mktemp("usual") / "job"
+    words = ["keygen", str(folder), "--participants", ",".join(THREE), "--no-masks", "--quiet"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(key_center, "_safe_primes", _fixed_primes)
+        assert app.run([*words, "--modulus-bits", "512", "--insecure"]) == 0
+    return folder
 
 
 @pytest.fixture
-def new_round(dtl: Cli, tmp_path: Path, fixed_primes: None) -> Callable[..., Round]:
-    """Make a job; names and keygen options as arguments."""
+def new_round(
+    dtl: Cli, tmp_path: Path, fixed_primes: None, usual_job: Path
+) -> Callable[..., Round]:
+    """Make a job; names and keygen options as arguments. The first usual one is a copy."""
+    made: list[Path] = []
 
     def make(
         names: tuple[str, ...] = THREE, *options: object, folder: str = "", masks: bool = False
     ) -> Round:
         place = tmp_path / folder if folder else tmp_path
         place.mkdir(exist_ok=True)
+        if (names, options, masks, made) == (THREE, (), False, []):
+            shutil.copytree(usual_job, place / "job")
+        made.append(place)
         return Round(dtl, place, names, *options, *(() if masks else ("--no-masks",)))
 
     return make

@@ -20,6 +20,7 @@ CIPHERS = ("lattice", "direct")
 SMALL = ("--values", 3000, "--repeat", 1, "--modulus-bits", 512, "--insecure")
 
 
+@pytest.mark.slow
 def test_every_step_is_timed(dtl: Cli, fixed_primes: None, monkeypatch: pytest.MonkeyPatch) -> None:
     slow_peer = {name: p for name, p in peers.installed().items() if name == "python-paillier"}
     monkeypatch.setattr(peers, "installed", lambda: slow_peer)
@@ -86,6 +87,7 @@ def test_the_plain_round_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert np.array_equal(mean, (arrays[0] + arrays[1]) / np.float32(2))
 
 
+@pytest.mark.slow
 def test_the_table_in_both_spellings(
     dtl: Cli, fixed_primes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

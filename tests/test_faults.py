@@ -17,7 +17,7 @@ from dtl.core.crypto import native
 from dtl.core.files import ledger
 from dtl.core.files.atomic import AtomicFolder, AtomicOutput, write_file
 from dtl.core.roles.participant import producing
-from tests.helpers import THREE, Round, random_arrays
+from tests.helpers import THREE, Cli, Round, random_arrays
 
 NewRound = Callable[..., Round]
 # A shell's background jobs inherit that SIGINT is ignored; these commands must not.
@@ -261,7 +261,7 @@ def test_commands_on_one_ledger_wait_for_each_other(new_round: NewRound) -> None
 
 
 def test_keys_are_private_from_the_first_instant(
-    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+    dtl: Cli, tmp_path: Path, fixed_primes: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
     original = os.open
@@ -275,7 +275,7 @@ def test_keys_are_private_from_the_first_instant(
     before = os.umask(0)
     try:
         monkeypatch.setattr(os, "open", watch)
-        round_ = new_round()
+        round_ = Round(dtl, tmp_path, THREE)
     finally:
         os.umask(before)
     assert seen == [0o600] * 5

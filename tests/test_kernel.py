@@ -621,7 +621,7 @@ def test_version_names_the_kernel(dtl: Cli, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @needs_kernel
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("masks", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_both_back_ends_write_the_same_files(
     new_round: Callable[..., Round], monkeypatch: pytest.MonkeyPatch, masks: bool
 ) -> None:

@@ -819,7 +819,7 @@ def test_tensor_names_that_cannot_be_written_back(round_: Round, name: str) -> N
     else:
         path = round_.folder / "g.npz"
         np.savez(path, **{name: np.ones(3, np.float32)})  # type: ignore[arg-type]
-        options = ("--round", 1, "--key", round_.key("alice"), "-o", "u")
+        options = ("--round", 1, "--key", round_.key("alice"), "-o", round_.folder / "u")
         round_.dtl("encrypt-grads", path, *options, code=3)
 
 

@@ -250,7 +250,7 @@ def test_training_that_diverges_says_so(lr: str, simulate: Simulate, dtl: Cli) -
     "wanted",
     [
         ("--drop", 0.2, "--seed", 0),
-        ("--drop", 0.2, "--seed", 0, "--cipher", "direct"),
+        pytest.param(("--drop", 0.2, "--seed", 0, "--cipher", "direct"), marks=pytest.mark.slow),
         ("--optimizer", "adam"),
     ],
 )
