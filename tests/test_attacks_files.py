@@ -117,7 +117,7 @@ def test_an_upload_that_changes_after_its_proof_was_checked(
         return
     mapped, place = Mapped(made[0]), place_of(made[0], tensor)
     ledger = (round_.keys / "server.ledger").read_bytes()
-    after(monkeypatch, uploads, "check_proof", lambda: mapped.flip(place))
+    after(monkeypatch, uploads, "_fault", lambda: mapped.flip(place))
     command = ("aggregate", *made, "--key", round_.key("server"), "-o", round_.folder / "x.enc")
     error = round_.dtl(*command, code=3).err
     assert "the file changed while it was read" in error
@@ -188,7 +188,7 @@ def test_a_product_is_recomputed_from_what_was_checked(
     made = [round_.upload(p, random_arrays(i)) for i, p in enumerate(THREE)]
     result = round_.aggregate(made)
     mapped, place = Mapped(made[0]), place_of(made[0], RESIDUES)
-    after(monkeypatch, uploads, "check_proof", lambda: mapped.flip(place))
+    after(monkeypatch, uploads, "_fault", lambda: mapped.flip(place))
     job = ("--job", round_.keys / "job.json", "--uploads", *made)
     round_.dtl("verify", result, *job, code=3)
 

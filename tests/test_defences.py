@@ -976,15 +976,25 @@ def test_grants_go_to_who_contributed() -> None:
             grants(job, found, A, policy, hostile.ledger_of())
 
 
-def test_an_upload_without_a_good_proof_is_not_added_up(new_round: NewRound) -> None:
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_an_upload_without_a_good_proof_is_not_added_up(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch, side_by_side: bool
+) -> None:
     """A residue of another group, signed by its sender."""
-    round_ = new_round()
+    if side_by_side:  # as where there are many, in processes
+        monkeypatch.setattr(public_uploads, "SIDE_BY_SIDE", 2)
+    round_ = new_round(("alice", "bob", "carol", "dave"))
     uploads = round_.uploads({name: random_arrays(1) for name in round_.names})
     _, tensors = hostile.read(uploads[0])
     residues = tensors[RESIDUES]
     residues[0], residues[1] = residues[1].copy(), residues[0].copy()
     bad = hostile.again(round_, uploads[0], "bad", tensors=tensors, signer="alice")
-    round_.aggregate([bad, *uploads[1:]], code=4)
+    round_.aggregate([*uploads[1:], bad], code=4)
+    words = ("--key", round_.key("server"), "-o", round_.folder / "three.enc")
+    made = round_.dtl("aggregate", *uploads[1:], bad, "--skip-invalid", "--json", *words).json
+    ((path, reason),) = made["refused"].items()
+    assert path == str(bad)
+    assert "the proof of the upload does not hold" in reason
     body = hostile.read(uploads[0])[1][BODY]
     body[-1] ^= 1
     bad = hostile.again(round_, uploads[0], "bad", tensors={BODY: body}, signer="alice")
@@ -1185,11 +1195,11 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
     """In v1 a participant could change its upload between the check and the product."""
     round_ = new_round()
     uploads = round_.uploads({name: random_arrays(1) for name in round_.names})
-    original, done = public_uploads.check_proof, []
+    original, done = public_uploads._fault, []
 
-    def swapped(job: Any, upload: Any, *more: Any) -> None:
-        original(job, upload, *more)
-        done.append(upload)
+    def swapped(*statement: Any, **more: Any) -> None:
+        assert original(*statement, **more) is None
+        done.append(statement)
         if len(done) == len(uploads):
             with Container(uploads[0]) as container:
                 place = container.tensors[RESIDUES].start
@@ -1197,7 +1207,7 @@ def test_an_upload_that_changes_after_its_check_is_not_added(
                 file.seek(place)
                 file.write(bytes(range(64)))
 
-    monkeypatch.setattr(public_uploads, "check_proof", swapped)
+    monkeypatch.setattr(public_uploads, "_fault", swapped)
     round_.aggregate(uploads, code=3)
     assert "aggregate" not in events(round_, "server")
 
@@ -1704,7 +1714,7 @@ def test_who_recomputes_checks_the_proofs_as_well(
     tensors[PROOF][-1] ^= 1
     bad = hostile.again(round_, uploads[0], "bad", tensors=tensors, signer="alice")
     with monkeypatch.context() as patch:
-        patch.setattr(public_uploads, "check_proof", lambda *_: None)
+        patch.setattr(public_uploads, "_fault", lambda *_, **__: None)
         result = round_.aggregate([bad, *uploads[1:]])
     job = ("--job", round_.keys / "job.json")
     failed = round_.dtl("verify", result, *job, "--uploads", bad, *uploads[1:], code=4)

@@ -3,10 +3,10 @@
 Source: PROTOCOL.md, sections 4, 6 and 8.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from dtl.core.parallel import Work
 
 MIN_PROOF_GROUPS, MAX_PROOF_GROUPS = 64, 1536  # groups a task; many make the buckets cheap
 POOL_FROM_GROUPS = 768  # below this, one core is done before a pool of processes has started
+SIDE_BY_SIDE = 32  # uploads; their proofs take seconds where no native kernel computes them
 
 
 @dataclass(frozen=True)
@@ -75,37 +76,85 @@ def open_upload(job: Job, path: Path, stack: ExitStack, work: Work) -> Upload:
     return Upload(path, header, digest, container)
 
 
-def check_proof(job: Job, upload: Upload, work: Work, expected_proofs: int = 1) -> None:
-    """Check an upload's residues (FormatError) and its proof (VerificationError).
+def check_proof(job: Job, upload: Upload, work: Work) -> None:
+    """Check an upload's residues (FormatError) and its proof (VerificationError)."""
+    (fault,) = check_proofs(job, [upload], work)
+    if fault is not None:
+        raise fault
 
-    `expected_proofs` is how many uploads will be checked in all.
+
+def check_proofs(
+    job: Job, given: Sequence[Upload], work: Work
+) -> Iterator[FormatError | VerificationError | None]:
+    """For each upload, in order: what is wrong with its residues or proof, None if nothing is.
+
+    Of a few uploads the groups are checked side by side; many small ones are checked side by
+    side themselves.
     """
-    key, path, container = job.public_key, upload.path, upload.container
+    small = all(job.codec.groups(upload.header.values) < POOL_FROM_GROUPS for upload in given)
+    if small and len(given) >= SIDE_BY_SIDE:
+        # Here only: what is sent to a cluster is the adding up.
+        here, tasks = replace(work, cluster=None), (_statement(job, upload) for upload in given)
+        total = sum(upload.header.values for upload in given)
+        alone = partial(_fault, uses=-(-len(given) // here.lanes))
+        yield from here.map(
+            "check the proofs", alone, tasks, len(given), SIDE_BY_SIDE, values=total
+        )
+        return
+    for upload in given:
+        statement = _statement(job, upload)
+        yield _fault(*statement, uses=len(given), work=work, values=upload.header.values)
+
+
+def _statement(job: Job, upload: Upload) -> tuple[PublicKey, Rows, Bytes, proof.Proof]:
+    """The key, the residues, their weights, and the proof about them."""
+    key, container = job.public_key, upload.container
     groups = job.codec.groups(upload.header.values)
     found = proof.decode(key, groups, container.whole(PROOF))
+    rho = proof.weights(
+        key,
+        container.raw_header,
+        job.signing_key(upload.header.signer) or b"",
+        groups,
+        container.tensor_digest(RESIDUES),
+        container.tensor_digest(BODY) if BODY in container.tensors else None,
+        found.d,
+    )
+    return key, upload.rows, rho, found
+
+
+def _fault(
+    key: PublicKey,
+    rows: Rows,
+    rho: Bytes,
+    found: proof.Proof,
+    *,
+    uses: int,
+    work: Work | None = None,
+    values: int = 0,
+) -> FormatError | VerificationError | None:
+    """Check one upload: on all lanes of `work`, or alone in this thread."""
+    groups = len(rho)
+    lanes = work.lanes if work else 1
+    step = min(MAX_PROOF_GROUPS, max(MIN_PROOF_GROUPS, -(-groups // lanes)))
+    pieces = spans(groups, step)
+    tasks = ((key, rows, rho[first : first + count], first, count) for first, count in pieces)
     try:
         proof.check_ranges(key, groups, found)
-        rho = proof.weights(
-            key,
-            container.raw_header,
-            job.signing_key(upload.header.signer) or b"",
-            groups,
-            container.tensor_digest(RESIDUES),
-            container.tensor_digest(BODY) if BODY in container.tensors else None,
-            found.d,
-        )
-        step = min(MAX_PROOF_GROUPS, max(MIN_PROOF_GROUPS, -(-groups // work.lanes)))
-        rows, pieces = upload.rows, spans(groups, step)
-        tasks = ((key, rows, rho[first : first + count], first, count) for first, count in pieces)
-        serial_below = 2 if groups >= POOL_FROM_GROUPS else len(pieces) + 1
-        values = upload.header.values
-        step_name = f"check {path.name}"
-        partial = work.map(
-            step_name, _weigh, tasks, len(pieces), serial_below, values=values, public=True
-        )
-        proof.verify(key, found, _multiply(key, partial), expected_proofs)
+        if work is None:
+            parts: Iterable[list[int]] = (_weigh(*task) for task in tasks)
+        else:
+            serial_below = 2 if groups >= POOL_FROM_GROUPS else len(pieces) + 1
+            name = f"check {rows.path.name}"
+            parts = work.map(
+                name, _weigh, tasks, len(pieces), serial_below, values=values, public=True
+            )
+        proof.verify(key, found, _multiply(key, parts), uses)
     except VerificationError as error:
-        raise VerificationError(f"{path}: {error.message}", error.hint) from None
+        return VerificationError(f"{rows.path}: {error.message}", error.hint)
+    except FormatError as error:
+        return error
+    return None
 
 
 def check_body(job: Job, body: Rows | None, values: int, work: Work) -> None:

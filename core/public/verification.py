@@ -192,12 +192,13 @@ def _verify_product(job: Job, result: Result, pool: _Pool, work: Work, needed: b
         )
     found = [upload for upload in named if upload]
     start = _start(result, pool, needed=True) if header.kind == "model" else None
-    for upload in found:
+    for upload, fault in zip(found, uploads.check_proofs(job, found, work), strict=True):
         pool.used.add(upload.path)
         if start:
             results.check_base(upload, start)
         uploads.check_same(upload, found[0])
-        uploads.check_proof(job, upload, work, len(found))
+        if fault is not None:
+            raise fault
     orphans = _orphans(job, header, found, pool)
     layouts = [start.layout] if start else [upload.header.layout for upload in found]
     if header.layout not in layouts:

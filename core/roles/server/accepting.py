@@ -69,12 +69,13 @@ def accept(
     based = [upload for upload in opened if fits(upload)]
     reference = _commonest(based) if skip_invalid else next(iter(based), None)
     accepted: list[Upload] = []
-    for upload in based:
+    for upload, fault in zip(based, uploads.check_proofs(job, based, work), strict=True):
 
-        def check(upload: Upload = upload) -> None:
+        def check(upload: Upload = upload, fault: DtlError | None = fault) -> None:
             if reference:
                 uploads.check_same(upload, reference)
-            uploads.check_proof(job, upload, work, len(based))
+            if fault is not None:
+                raise fault
             if skip_invalid or closing:
                 uploads.check_body(job, upload.body, upload.header.values, work)
             uploads.check_only(upload, accepted)
