@@ -4,6 +4,7 @@ import os
 import platform
 import signal
 import sys
+import textwrap
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, wraps
@@ -43,6 +44,7 @@ DEBUG_VARIABLE = "DTL_DEBUG"
 _MANY = ("--reveals", "--uploads")  # options that take several files
 _OUTPUTS = ("out", "state_out", "plaintext")  # parameters that name files to write
 _INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_EXAMPLE_WIDTH = 74  # of the 80 columns of a terminal, without margins and the backslash
 _INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt
 
 KGC, PARTICIPANT, SERVER, ANYONE = (
@@ -65,9 +67,22 @@ app = typer.Typer(
 
 def _add(panel: str, function: Callable[..., None], example: str, **settings: bool) -> None:
     name = function.__name__.replace("_", "-")
-    shown = example.replace("[", r"\[")  # no markup: an example is shown as it is written
+    shown = _pasteable(example).replace("[", r"\[")  # no markup
     command = app.command(name, epilog=shown, rich_help_panel=panel, context_settings=settings)
     command(_sparing_inputs(function))
+
+
+def _pasteable(example: str) -> str:
+    """An example whose long lines end with a backslash, so that a shell takes them as they stand.
+
+    typer joins the lines of a paragraph; so that a line stays one, it becomes a paragraph.
+    """
+    commands = [" ".join(part.split()) for part in example.split("\n\n")]
+    parts = [
+        textwrap.wrap(command, _EXAMPLE_WIDTH, break_long_words=False, break_on_hyphens=False)
+        for command in commands
+    ]
+    return "\n\n".join(" \\\n\n".join(lines) for lines in parts)
 
 
 def _sparing_inputs(function: Callable[..., None]) -> Callable[..., None]:

@@ -14,7 +14,7 @@ EXAMPLE = """Example:
 
   dtl flower-config run --key job/server.key --initial w0.safetensors --rounds 10
 
-  dtl flower run run   # once SuperLink and SuperNodes are there: see dtl flower --help"""
+  dtl flower run run   # once SuperLink and SuperNodes are running"""
 
 
 def flower_config(

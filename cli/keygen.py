@@ -21,7 +21,7 @@ EXAMPLE = """Example:
 
   dtl keygen job --participants alice,bob,carol
 
-  ls job   # job.json goes to everyone, each NAME.key with its NAME.ledger to NAME only"""
+  ls job   # job.json is for everyone, NAME.key and NAME.ledger for NAME"""
 
 
 def keygen(

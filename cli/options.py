@@ -209,7 +209,19 @@ def open_key(key: Path, job: Path | None, passphrase_file: Path | None) -> "Key"
     """Read the key file, and check it against its job."""
     from dtl.core.files.key_file import Key
 
-    return Key.load(key, job_path(job, key), passphrase(passphrase_file))
+    asked = []
+    ask = passphrase(passphrase_file)
+
+    def note() -> bytes:
+        asked.append(True)
+        return ask()
+
+    opened = Key.load(key, job_path(job, key), note)
+    if passphrase_file is not None and not asked:
+        terminal.show_warning(
+            f"{key}: not boxed: anybody who can read it can use it; --passphrase-file is not used"
+        )
+    return opened
 
 
 def passphrase(path: Path | None) -> Callable[[], bytes]:

@@ -24,7 +24,7 @@ EXAMPLE = """Example:
 
   dtl simulate digits --participants 5 --rounds 30 --alpha 0.3 --drop 0.2 --out uneven
 
-  dtl simulate --resume --out uneven   # after an interruption; --rounds 60 goes on further"""
+  dtl simulate --resume --out uneven   # after an interruption"""
 
 
 class WeightsName(StrEnum):

@@ -72,7 +72,9 @@ def _printing() -> Iterator[None]:
 
 
 def make_streams_safe() -> None:
-    """Keep closed or narrow output streams from failing a command."""
+    """Keep closed or narrow output streams from failing a command, or from showing nothing."""
+    if not os.environ.get("COLUMNS", "80").strip("0"):
+        del os.environ["COLUMNS"]  # a width of zero says that the width is not known
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
@@ -213,7 +215,7 @@ def progress_bar(quiet: bool) -> Iterator[ProgressCallback]:
     bars: dict[str, TaskID] = {}
     with Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(complete_style="cyan", finished_style="green"),  # red would be an error
         TaskProgressColumn(),
         _RateColumn(),
         TimeElapsedColumn(),

@@ -1,6 +1,5 @@
 """The README's and the demo's commands run as they stand, at full size, from real processes."""
 
-import importlib
 import os
 import re
 import shlex
@@ -98,13 +97,6 @@ def test_every_command_is_in_the_readme_and_helps_with_an_example(dtl: Cli) -> N
         assert "Example:" in shown, name
         assert f"dtl {name} " in shown.split("Example:")[1], name
     assert "Key generation center" in dtl("--help").out
-
-
-def test_every_example_is_shown_as_it_is_written(dtl: Cli) -> None:
-    for command in app.app.registered_commands:
-        assert command.name
-        example = importlib.import_module(command.callback.__module__).EXAMPLE
-        assert " ".join(example.split()) in " ".join(dtl(command.name, "--help").out.split())
 
 
 def test_the_bare_command_helps_and_the_shell_completes() -> None:

@@ -112,11 +112,37 @@ def verify_signature(public: bytes, kind: str, digest: bytes, signature: bytes, 
     try:
         key = Ed25519PublicKey.from_public_bytes(public)
         key.verify(signature, fields(f"dtl/v2/{kind}", digest))
+        _check_order(public)
     except (InvalidSignature, ValueError):
         raise VerificationError(
             f"{what}: the signature does not verify",
             "the file was changed, or signed by someone else; ask its sender for a fresh copy",
         ) from None
+
+
+_FIELD_PRIME = 2**255 - 19
+_SMALL_ORDER = {
+    0,
+    1,
+    _FIELD_PRIME - 1,
+    int.from_bytes(
+        bytes.fromhex("c7176a703d4dd84fba3c0b760d10670f2a2053fa2c39ccc64ec7fd7792ac037a"), "little"
+    ),
+    int.from_bytes(
+        bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little"
+    ),
+}
+"""The y of the eight points of Ed25519 whose order divides 8."""
+
+
+def _check_order(public: bytes) -> None:
+    """Raise ValueError for a public key under which everybody can sign, or of a second spelling.
+
+    OpenSSL takes both (RFC 8032, section 5.1.7, leaves it open).
+    """
+    y = int.from_bytes(public, "little") & ((1 << 255) - 1)
+    if y >= _FIELD_PRIME or y in _SMALL_ORDER:
+        raise ValueError
 
 
 def equal_secrets(left: bytes, right: bytes) -> bool:

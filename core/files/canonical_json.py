@@ -60,7 +60,19 @@ def parse(data: bytes, what: str, max_keys: int | None = None) -> Json:
             dumps(value)  # an escaped lone surrogate cannot be written as UTF-8
         return value
     except (ValueError, RecursionError):  # includes bad UTF-8 and absurdly long integers
-        raise FormatError(f"{what}: expected JSON with unique keys and no floats") from None
+        found = _other_kind(data)
+        raise FormatError(f"{what}: expected JSON with unique keys and no floats{found}") from None
+
+
+def _other_kind(data: bytes) -> str:
+    """What a file that is no JSON seems to be, where that can be seen."""
+    if not data:
+        return ", found an empty file"
+    if data.startswith(b"PK\x03\x04"):
+        return ", found an .npz or .zip file"
+    if data[8:9] == b"{" and data[:8] != data[:8].strip(b"\0"):  # a short length comes first
+        return ", found a file of tensors: .safetensors, an upload, a result or a release"
+    return ""
 
 
 def _refuse(_: str) -> NoReturn:

@@ -111,7 +111,7 @@ class Job(Document):
             job.kgc.sign, "job", bytes.fromhex(job.digest), job.signature, str(path)
         )
         if job.insecure:
-            logger.warning("job %s is %s: for tests only", job.id[:8], job.security)
+            logger.warning("job %s is %s: for tests only", job.digest[:8], job.security)
         return job
 
     @cached_property

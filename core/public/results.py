@@ -238,8 +238,9 @@ def orphaned_masks(
         raise QuorumError(
             f"the masks of {', '.join(missing)} cannot be taken off: "
             f"no reveal of {', '.join(absent)}",
-            "if one of them cannot reveal any more, the round is void: begin a new one on the "
-            "same base, everyone with --accept-differencing",
+            "each of them answers the close file with dtl reveal-masks; if one cannot any more, "
+            "the round is void: begin a new one on the same base, everyone with "
+            "--accept-differencing",
         )
     return keys
 

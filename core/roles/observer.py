@@ -65,7 +65,6 @@ def _document(path: Path, job: Job | None) -> Description:
 def _job(job: Job) -> Description:
     return {
         "file": "job",
-        "id": job.id,
         "job": job.digest,
         "security": job.security,
         "modulus_bits": job.public_key.modulus_bits,
@@ -103,7 +102,7 @@ def _signed(document: Close | Reveal, job: Job | None) -> Description:
     described["signature"] = "not checked: dtl verify does"
     if job is not None and document.job == job.digest:
         document.check_signature(job, "the file")
-        described["signature"] = f"valid: {document.signer} of job {job.id[:8]}"
+        described["signature"] = f"valid: {document.signer} of job {job.digest[:8]}"
     return described
 
 
@@ -241,7 +240,7 @@ def _signature(container: Container, signer: str, kind: str, job: Job | None) ->
     if public is None:
         raise FormatError(f"{container.path}: {signer} is not in this job's roster")
     container.verify(kind, public)
-    return f"valid: {signer} of job {job.id[:8]}"
+    return f"valid: {signer} of job {job.digest[:8]}"
 
 
 def job_beside(path: Path, job_path: Path | None) -> Job | None:
