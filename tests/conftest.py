@@ -1,6 +1,7 @@
 """Fixtures: the command line in this process, and jobs from fixed primes."""
 
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
@@ -10,6 +11,9 @@ import pytest
 from dtl.cli import app
 from dtl.core.roles import key_center
 from tests.helpers import PRIMES, THREE, Cli, Result, Round
+
+# Commands ignore what they were started to ignore, such as SIGHUP under nohup; tests send it.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
