@@ -1,5 +1,6 @@
 """Rounds between machines: the same files and the same model as by hand, whoever is missing."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dtl.core.ciphers import lattice
+from dtl.core.ciphers.cipher import Encoded
 from dtl.core.errors import (
     DtlError,
     FormatError,
@@ -303,7 +306,7 @@ def test_files_that_are_copied_in_pieces_count_when_they_are_complete(
     assert party.manifest(1)["missing"] == ["c"]
 
 
-@pytest.mark.parametrize("bad", ["half", "another's", "another base", "unreadable"])
+@pytest.mark.parametrize("bad", ["half", "another's", "another base", "words", "unreadable"])
 def test_an_upload_by_hand_that_is_no_good_in_time_counts_as_missing_and_stays(
     party: Party, hand_clock: HandClock, caplog: pytest.LogCaptureFixture, bad: str
 ) -> None:
@@ -323,15 +326,29 @@ def test_an_upload_by_hand_that_is_no_good_in_time_counts_as_missing_and_stays(
             data = ("--data", party.folder / "shards" / "d.npz", "--hidden", 4, "--seed", 1)
             party.round.dtl("init-model", *data, "-o", other)
             laid.write_bytes(d.contribute(1, other.read_bytes()))
+        elif bad == "words":  # a body that cannot be added up
+            encode = lattice._LatticeEncoder.encode
+
+            def too_large(*arguments: Any) -> Encoded:
+                found = encode(*arguments)
+                return dataclasses.replace(found, body=b"\xff" * len(found.body))
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(lattice._LatticeEncoder, "encode", too_large)
+                laid.write_bytes(d.contribute(1, first))
         else:
             laid.mkdir()
 
     hand_clock(lay)
     with caplog.at_level("WARNING", "flwr.dtl"):
-        party.conduct(1, by_hand="d")
+        try:
+            party.conduct(1, by_hand="d")
+        except FormatError as error:
+            pytest.fail(f"the round ends: {error.message}")
     assert party.manifest(1)["missing"] == ["d"]
     assert laid.exists()
-    assert f"{laid} does not count: " in caplog.text
+    why = "the body holds a word that is out of range" if bad == "words" else ""
+    assert (f"{laid}: {why}" if why else f"{laid} does not count: ") in caplog.text
 
 
 @pytest.mark.parametrize("bad", ["half", "another's", "another close file"])
