@@ -65,7 +65,7 @@ def audit(
     """Open files with the strong trapdoor; report what is wrong with them, and whose fault it is.
 
     Prints statistics only; values are written to --plaintext and nowhere else. Ends with code 4
-    if any file is bad.
+    if any file is bad, or cannot be judged.
     """
     from dtl.core.errors import NotAllowedError, VerificationError
     from dtl.core.roles import auditor
@@ -88,3 +88,5 @@ def audit(
         raise VerificationError(
             "; ".join(f"{v.file} (by {v.signer}): {v.problems[0]}" for v in bad)
         )
+    if unclear := [verdict for verdict in verdicts if verdict.doubts]:
+        raise VerificationError("; ".join(f"{v.file}: {v.text}" for v in unclear))

@@ -5,6 +5,7 @@ sums of gradients on weights that the server chose. So everybody contributes onl
 it opened itself, or on the weights that its first upload pinned.
 """
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from dtl.core.crypto import masks
 from dtl.core.files import canonical_json
 from dtl.core.files.ledger import Ledger, StepEntry
+from dtl.core.files.tensors import METADATA_KEY
 from tests.helpers import THREE, Arrays, Cli, Round, random_arrays
 
 NewRound = Callable[..., Round]
@@ -344,3 +346,38 @@ def test_without_the_model_before_there_is_no_step(sums: Sums) -> None:
     dave.write_bytes(dave.read_bytes().splitlines(keepends=True)[0])
     total = round_.open(release, "dave", out="sum-2.safetensors")
     sums.apply("dave", models["a"], "x.safetensors", total=total, code=5)
+
+
+@pytest.mark.parametrize("doctored", ["round", "base and round", "opened"])
+def test_initial_weights_are_what_their_tensors_are_whatever_round_they_name(
+    new_round: NewRound, doctored: str
+) -> None:
+    """A weight moved, under the identity of the honest initial weights, or of a model."""
+    round_ = new_round()
+    shards = round_.folder / "shards"
+    round_.dtl("split-data", "digits", "--participants", "alice", "--out", shards)
+    shard = ("--data", shards / "alice.npz")
+    w0 = round_.folder / "w0.safetensors"
+    round_.dtl("init-model", *shard, "--hidden", 3, "--seed", 0, "-o", w0)
+    with safe_open(w0, "np") as file:
+        said = json.loads(file.metadata()[METADATA_KEY])
+    said |= {"round": 1} if doctored != "opened" else {"opened": "5" * 128}
+    if doctored == "base and round":
+        said |= {"base": "5" * 128, "opened": "5" * 128}
+    arrays = load_file(w0)
+    arrays["layer1.bias"][0] += 0.5
+    claim = {METADATA_KEY: canonical_json.dumps(said).decode()}
+    evil = round_.save("evil.safetensors", arrays, **claim)
+    out = ("-o", round_.folder / "evil.grads.safetensors")
+    round_.dtl("compute-grads", "--model", evil, *shard, *out, code=4)
+    gradients = round_.save("g.safetensors", arrays, **{METADATA_KEY: _as_gradients(said)})
+    plain = round_.save("plain.safetensors", arrays)
+    key = ("--key", round_.key("alice"), "-o", round_.folder / "u")
+    round_.dtl("encrypt-grads", gradients, *key, code=4)
+    for source in (gradients, plain):
+        round_.dtl("encrypt-grads", source, "--model", evil, *key, code=4)
+    assert (round_.keys / "alice.ledger").read_bytes().count(b"\n") == 1
+
+
+def _as_gradients(said: dict[str, Any]) -> str:
+    return canonical_json.dumps({**said, "kind": "gradients"}).decode()

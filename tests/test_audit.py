@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from dtl.core.ciphers import lattice
@@ -14,11 +15,13 @@ from dtl.core.ciphers.cipher import Batch, Encoded
 from dtl.core.crypto import scheme
 from dtl.core.encoding.fixed_point import FixedPoint
 from dtl.core.files import canonical_json
-from dtl.core.files.tensors import load_arrays
+from dtl.core.files.container import BODY, RESIDUES
+from dtl.core.files.tensors import METADATA_KEY, load_arrays
 from dtl.core.lattice import portable
 from dtl.core.lattice import ring as door
 from dtl.core.lattice.parameters import INSECURE
 from dtl.core.roles.participant import planning
+from tests import hostile
 from tests.forging import Statement, header_of, resign, tensors_of, write
 from tests.helpers import CIPHERS, ONE, THREE, Arrays, Cli, Round, random_arrays, residues_of
 
@@ -629,3 +632,102 @@ def test_a_center_with_another_jobs_seed_accuses_nobody(new_round: NewRound, see
     found = round_.dtl("audit", upload, "--key", key, code=4)
     assert f"{key}: not the key that the job names for kgc" in found.err
     assert not found.out
+
+
+# --- what a server claims of a base accuses nobody ------------------------------------------
+
+
+def second_round(round_: Round) -> tuple[Chain, Path]:
+    """Two honest rounds, and a model by the server that names model 1 as initial weights."""
+    chain = Chain(round_, 2)
+    header, tensors = hostile.read(chain.models[0])
+    own = round_.opened_key("server").secrets.sign
+    digest = hostile.digest_of(chain.models[0])
+    return chain, hostile.write(
+        round_.folder / "evil.enc", {**header, "initial": digest}, tensors, own
+    )
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_a_model_that_calls_another_one_initial_weights_accuses_nobody(
+    cipher: str, new_round: NewRound
+) -> None:
+    chain, evil = second_round(new_round(FOUR, "--cipher", cipher, masks=True))
+    upload, model = chain.uploads[1][0], chain.models[0]
+    for files in ((evil, model, upload), (model, evil, upload), (evil, upload, "--model", model)):
+        found = {str(verdict["file"]): verdict["verdict"] for verdict in audit(chain.round, *files)}
+        assert found[str(upload)] == "good"
+    failed = chain.round.dtl("audit", evil, upload, "--key", chain.round.key("kgc"), code=4).err
+    assert "not judged" in failed
+    assert "(by a)" not in failed
+    assert "add --model" in failed
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_reveals_are_judged_with_their_base_alone(cipher: str, new_round: NewRound) -> None:
+    round_ = new_round(FOUR, "--cipher", cipher, masks=True)
+    chain = Chain(round_, 1)
+    plain, model = chain.opened[0], chain.models[0]
+    uploads = [
+        round_.upload(name, random_arrays(4), "--model", plain, out=f"{name}.2")
+        for name in FOUR[:3]
+    ]
+    close = round_.folder / "2.close"
+    round_.dtl("close-round", *uploads, "--key", round_.key("server"), "-o", close)
+    reveal = round_.folder / "a.reveal"
+    round_.dtl("reveal-masks", close, "--key", round_.key("a"), "-o", reveal)
+    for more in ((model,), ("--model", model), (round_.folder / "model-1.release",)):
+        found = audit(round_, reveal, *more)
+        assert {v["verdict"] for v in found} == {"good"}
+    failed = round_.dtl("audit", reveal, "--key", round_.key("kgc"), code=4).err
+    assert "not judged" in failed
+    assert "(by a)" not in failed
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+def test_a_claim_about_a_base_accuses_nobody(cipher: str, new_round: NewRound) -> None:
+    round_ = new_round(FOUR, "--cipher", cipher, masks=True)
+    chain = Chain(round_, 2)
+    upload = chain.uploads[1][0]
+    arrays = load_file(chain.opened[0])
+    with safe_open(chain.opened[0], "np") as file:
+        said = json.loads(file.metadata()[METADATA_KEY])
+    said["opened"] = "5" * 128
+    claim = {METADATA_KEY: canonical_json.dumps(said).decode()}
+    false = round_.save("false.safetensors", arrays, **claim)
+    failed = round_.dtl("audit", upload, "--model", false, "--key", round_.key("kgc"), code=4).err
+    assert "not judged" in failed
+    assert "(by a)" not in failed
+    audit(round_, upload, "--model", chain.models[0])
+
+
+# --- results that nobody can compute with ------------------------------------------------------
+
+
+@pytest.mark.parametrize("cipher", CIPHERS)
+@pytest.mark.parametrize("part", [RESIDUES, BODY])
+def test_a_signed_result_with_bad_numbers_is_refused_by_name(
+    cipher: str, part: str, new_round: NewRound
+) -> None:
+    round_ = new_round(FOUR, "--cipher", cipher, masks=True)
+    chain = Chain(round_, 1)
+    header, tensors = hostile.read(chain.models[0])
+    if part not in tensors:
+        return
+    if part == BODY:
+        tensors[part][:] = 0xFF
+    else:
+        tensors[part][0, 0] = 0
+    own = round_.opened_key("server").secrets.sign
+    bad = hostile.write(round_.folder / "bad.enc", header, tensors, own)
+    hostile.forget(round_, "server")
+    server = ("--key", round_.key("server"), "-o", round_.folder / "x")
+    before = (round_.keys / "server.ledger").read_bytes()
+    for words in (
+        ("verify", bad, "--job", round_.keys / "job.json"),
+        ("release-model", bad, *server),
+        ("audit", bad, "--key", round_.key("kgc")),
+    ):
+        assert f"{bad}: " in round_.dtl(*words, code=3).err
+    assert (round_.keys / "server.ledger").read_bytes() == before
+    assert not (round_.folder / "x").exists()

@@ -64,6 +64,14 @@ class PlainMetadata(Document):
     opened: Digest | None
     content: Digest | None
 
+    @property
+    def initial(self) -> bool:
+        """Whether this is said of initial weights: of round 0, or of what is its own base.
+
+        Either is enough, so that nobody passes off other weights by changing one of them.
+        """
+        return self.round == 0 or (self.base is not None and self.base == self.opened)
+
 
 class TensorFile(Protocol):
     """A plain file of tensors, open for reading."""
@@ -246,7 +254,7 @@ def weights_metadata(tensors: TensorFile) -> PlainMetadata:
     metadata names.
     """
     known = _known_weights(tensors)
-    if known is not None and known.round:
+    if known is not None and not known.initial:
         return known
     return _initial_metadata(tensors, _digest_all(tensors))
 
@@ -595,7 +603,7 @@ def load_weights(path: Path) -> tuple[Arrays, PlainMetadata]:
     with closing(open_tensors(path)) as tensors:
         known = _known_weights(tensors)
         arrays, content = _read_all(tensors)
-        if known is None or not known.round:
+        if known is None or known.initial:
             return arrays, _initial_metadata(tensors, content)
         return arrays, known.model_copy(update={"content": content.hexdigest()})
 

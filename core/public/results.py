@@ -29,7 +29,14 @@ from dtl.core.files.job_file import SERVER, Job
 from dtl.core.files.schema import FORMAT
 from dtl.core.lattice.parameters import MAX_UPLOADS
 from dtl.core.parallel import Work
-from dtl.core.public.uploads import Upload, read_groups, short
+from dtl.core.public.uploads import (
+    Upload,
+    check_body,
+    check_groups,
+    check_residues,
+    read_groups,
+    short,
+)
 
 PRODUCT_GROUPS = 128  # groups a task
 WAIT_OR_VOID = (
@@ -105,6 +112,15 @@ class Result:
             rows=self.rows,
             body=self.body,
         )
+
+
+def check_result(job: Job, result: Result, work: Work) -> None:
+    """Raise FormatError for a residue or a word of the body that is not valid.
+
+    A signature says who made a file, and not that it can be computed with.
+    """
+    check_residues(job, result.rows, result.header.values, work)
+    check_body(job, result.body, result.header.values, work)
 
 
 def open_result(job: Job, path: Path, stack: ExitStack, work: Work) -> Result:
@@ -313,7 +329,13 @@ def bodies(
         public=True,
         threads=job.codec.threads,
     )
-    yield from made
+    try:
+        yield from made
+    except FormatError:  # a word that is out of range: say in which file
+        for upload in uploads:
+            check_body(job, upload.body, values, work)
+        check_body(job, start.body if start else None, values, work)
+        raise
     _finish(initial)
 
 
@@ -340,8 +362,7 @@ def _residues_chunk(
         )
         total = scheme.add_public(key, total, without.reshape(count, COMPONENTS, -1))
     if parent is not None:
-        before = read_groups(key, parent, first, count)
-        scheme.check(key, before)
+        before = check_groups(key, parent, first, count)
         total = scheme.subtract(key, before, total)
     elif public_start:
         total = scheme.negate(key, total)

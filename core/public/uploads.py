@@ -157,6 +157,26 @@ def _fault(
     return None
 
 
+def check_residues(job: Job, rows: Rows, values: int, work: Work) -> None:
+    """Raise FormatError for a residue of a file that is not valid."""
+    pieces = spans(job.codec.groups(values), MAX_PROOF_GROUPS)
+    tasks = ((job.public_key, rows, *piece) for piece in pieces)
+    done = work.map("check the residues", check_groups, tasks, len(pieces), public=True)
+    for _ in done:
+        pass
+
+
+def check_groups(key: PublicKey, rows: Rows, first: int, count: int) -> Bytes:
+    """These groups; FormatError, which names the file, where one of them is not valid."""
+    residues = read_groups(key, rows, first, count)
+    try:
+        scheme.check(key, residues)
+    except FormatError as error:
+        last = first + count - 1
+        raise FormatError(f"{rows.path}: groups {first} to {last}: {error.message}") from None
+    return residues
+
+
 def check_body(job: Job, body: Rows | None, values: int, work: Work) -> None:
     """Raise FormatError for a word of a body that is out of range.
 
@@ -183,12 +203,7 @@ def _check_words(codec: Cipher, values: int, batch: Batch, body: Rows) -> None:
 
 def _weigh(key: PublicKey, rows: Rows, rho: Bytes, first: int, count: int) -> list[int]:
     """Check groups, and return their weighted products, one for each of the 8 components."""
-    residues = read_groups(key, rows, first, count)
-    try:
-        scheme.check(key, residues)
-    except FormatError as error:
-        last = first + count - 1
-        raise FormatError(f"{rows.path}: groups {first} to {last}: {error.message}") from None
+    residues = check_groups(key, rows, first, count)
     return to_integers(key.arithmetic.weighted_products(residues, rho))
 
 

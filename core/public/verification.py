@@ -126,7 +126,9 @@ def _verify_result(
     job: Job, path: Path, pool: _Pool, stack: ExitStack, work: Work
 ) -> dict[str, Any]:
     """Verify a result, and the chain of models behind it as far as there is evidence."""
-    return _verify_chain(job, results.open_result(job, path, stack, work), pool, work)
+    result = results.open_result(job, path, stack, work)
+    results.check_result(job, result, work)
+    return _verify_chain(job, result, pool, work)
 
 
 def _verify_chain(job: Job, result: Result, pool: _Pool, work: Work) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def audit(
         model, given = options.model, None
         if model is not None and model.suffix != ".npz" and is_container(model):
             given = _subject(key.job, model, options.unsigned, stack, work)
-        auditor.learn_bases(model, bulk, given)
+        auditor.learn_bases(model, bulk, [reveal for _, reveal in reveals], given)
         verdicts = {
             subject.path: auditor.judge(subject, options.plaintext, options.force)
             for subject in bulk
@@ -171,21 +171,25 @@ class _Auditor:
         self._confirmed: set[tuple[str, int, str]] = set()
 
     def learn_bases(
-        self, model: Path | None, bulk: Sequence[_Subject], given: _Subject | None
+        self,
+        model: Path | None,
+        bulk: Sequence[_Subject],
+        reveals: Sequence[Reveal],
+        given: _Subject | None,
     ) -> None:
-        """Find out what the bases of masked uploads opened to: their masks depend on it.
+        """Find out what the bases of uploads and reveals opened to: masks depend on it.
 
-        Raises FormatError when `model` is the base of none of the files.
+        Only what the center computes itself counts as certain: an encrypted base that it opens,
+        and initial weights that it reads. That a manifest names its base as initial weights is
+        a claim of the server's, who would have participants accused by it. Raises FormatError
+        when `model` is the base of none of the files.
         """
         needed = {s.header.base for s in bulk if isinstance(s.header, UploadHeader)}
+        needed |= {reveal.base for reveal in reveals}
         for subject in [*bulk, *([given] if given else [])]:
-            if isinstance(subject.header, ResultHeader):
-                if subject.header.initial:  # initial weights are what they open to
-                    self._vectors[subject.header.initial] = subject.header.initial
-                    self._certain.add(subject.header.initial)
-                if subject.digest in needed:
-                    self._vectors[subject.digest] = self._opened_digest(subject)
-                    self._certain.add(subject.digest)
+            if isinstance(subject.header, ResultHeader) and subject.digest in needed:
+                self._vectors[subject.digest] = self._opened_digest(subject)
+                self._certain.add(subject.digest)
         base = given.digest if given else None
         if model is not None and given is None:
             source = tensors.open_tensors(model)
@@ -196,10 +200,10 @@ class _Auditor:
             base = known.base
             if known.base and known.opened:
                 self._vectors.setdefault(known.base, known.opened)
-                if not known.round:  # V0 was computed from the tensors
+                if known.initial:  # V0 was computed from the tensors
                     self._certain.add(known.base)
         if model is not None and base not in needed:
-            raise FormatError(f"{model}: not what any of the uploads is based on")
+            raise FormatError(f"{model}: not what any of the uploads or reveals is based on")
 
     def _opened_digest(self, subject: _Subject) -> str:
         """V of what a model opens to."""
@@ -218,6 +222,7 @@ class _Auditor:
         if isinstance(header, UploadHeader):
             self._judge_proof(subject, header, verdict)
             self._judge_tag(header, verdict)
+        uploads.check_body(self._job, subject.body, header.values, self._work)
         measured, malformed = Measurement(self._job, header), list[int]()
         decoding = self._decode(subject, malformed)
         if plaintext is None:
@@ -300,7 +305,7 @@ class _Auditor:
         if reveal.keys != expected:
             problem = f"the keys that {reveal.signer} revealed are wrong"
             doubt = self._doubt(reveal.signer, reveal.round, reveal.base)
-            verdict.problems.append(problem + doubt)
+            (verdict.doubts if doubt else verdict.problems).append(problem + doubt)
         return verdict
 
     def _decode(
@@ -366,15 +371,14 @@ class _Auditor:
             return
         if base not in self._vectors:
             return
+        if base not in self._certain:
+            verdict.facts["base_opened_to"] = "something else than --model says"
+            return
         verdict.facts["base_opened_to"] = "something else"
-        doubt = (
-            f"the fault is {header.signer}'s own, unless it shows a release by the server "
-            "that opens to something else"
-            if base in self._certain
-            else "or --model is not what was released: give the encrypted model instead"
-        )
         verdict.problems.append(
-            f"worked on another model than the one that {base[:16]}... opens to; {doubt}"
+            f"worked on another model than the one that {base[:16]}... opens to; the fault is "
+            f"{header.signer}'s own, unless it shows a release by the server that opens to "
+            "something else"
         )
 
     def _judge_masks(
@@ -389,7 +393,8 @@ class _Auditor:
         else:
             doubt = self._doubt(header.signer, header.round, header.base)
             verdict.facts["masks"] = "unknown" if doubt else "wrong"
-            verdict.problems.append(f"wrong masks in {_places(decoding)}{doubt}")
+            found = verdict.doubts if doubt else verdict.problems
+            found.append(f"wrong masks in {_places(decoding)}{doubt}")
 
     def _judge_values(
         self,
@@ -405,7 +410,8 @@ class _Auditor:
         verdict.facts["undecodable_groups"] = decoding.bad_groups
         if self._job.codec.body_bytes(header.values):
             verdict.facts["undecodable_polynomials"] = decoding.bad_polynomials
-        verdict.problems.append(f"cannot be opened: {_places(decoding)}")
+        found = verdict.doubts if verdict.doubts else verdict.problems
+        found.append(f"cannot be opened: {_places(decoding)}")
         if isinstance(header, ResultHeader):
             verdict.problems.append(
                 "masks do not cancel, or an upload is spoiled: audit the uploads and reveals "

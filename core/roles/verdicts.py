@@ -14,13 +14,25 @@ from dtl.core.files.tensors import VectorDigest
 
 @dataclass
 class Verdict:
-    """What the audit says of one file; `problems` is empty for a good one."""
+    """What the audit says of one file; `problems` is empty for a good one.
+
+    `doubts` hold what would be a problem if what the audit assumes of a base is right: they
+    accuse nobody.
+    """
 
     file: str
     kind: str
     signer: str
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """The verdict in words."""
+        if self.problems:
+            return "; ".join(self.problems)
+        return f"not judged: {'; '.join(self.doubts)}" if self.doubts else "good"
 
     def plain(self) -> dict[str, Any]:
         """As plain values."""
@@ -28,7 +40,7 @@ class Verdict:
             "file": self.file,
             "kind": self.kind,
             "signer": self.signer,
-            "verdict": "; ".join(self.problems) or "good",
+            "verdict": self.text,
             **self.facts,
         }
 

@@ -10,7 +10,7 @@ from dtl.core.ciphers.cipher import Steps
 from dtl.core.crypto import masks, one_time
 from dtl.core.crypto.one_time import OneTimeKeys
 from dtl.core.encoding.fixed_point import Rounding
-from dtl.core.errors import FormatError, NotAllowedError, UsageError
+from dtl.core.errors import FormatError, NotAllowedError, UsageError, VerificationError
 from dtl.core.files import tensors
 from dtl.core.files.headers import UploadHeader, check_same_shapes, now
 from dtl.core.files.job_file import Job
@@ -97,6 +97,12 @@ def find_basis(source: TensorFile, options: UploadOptions, ledger: Ledger) -> tu
     known = source.metadata
     if known is not None and known.kind != "gradients":
         raise FormatError(f"{source.path}: expected gradients, found {known.kind}")
+    if known and known.base and (known.round == 0) != (known.base == known.opened):
+        raise VerificationError(
+            f"{source.path}: its metadata contradicts itself: only initial weights, of round 0, "
+            "are their own base",
+            "dtl compute-grads writes it; it was changed since",
+        )
     if options.own_step:
         return _own_step_basis(source, options, ledger)
     if options.model is not None:

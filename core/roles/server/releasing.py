@@ -80,6 +80,7 @@ def release(
     with ExitStack() as stack:
         opened = results.open_result(job, result, stack, work)
         found, digest = opened.header, opened.digest
+        results.check_result(job, opened, work)
         results.check_quorum(job, len(found.contributors), "contributors", found.missing)
         ledger = stack.enter_context(Ledger(key))
         admitted = _admitted(job, found, digest, policy, ledger)
