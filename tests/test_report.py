@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from dtl.cli import app
-from dtl.core.learning.simulation import charts
+from dtl.core.learning.simulation import charts, report
 from tests.helpers import Cli
 
 BROWSER = next(
@@ -84,17 +84,24 @@ def test_the_page_is_whole_and_needs_nothing_else(page: Path) -> None:
     assert parser.open == []
     assert parser.found == ["data:,"]
     assert not re.search(r"https?:|url\(|@import", text)
-    report = json.loads((page.parent / "report.json").read_text())
-    summary = report["summary"]
+    found = json.loads((page.parent / "report.json").read_text())
+    summary = found["summary"]
     assert f"{summary['accuracy']:.1f} %" in text
     released = summary["rounds_released"]
     assert f"{released} of {released}" in text
-    for record in report["rounds"]:
+    for record in found["rounds"]:
         for name in record["contributors"]:
             assert f"<title>{name}, round {record['round']}: contributed</title>" in text
-    for party in report["parties"]:
+    for party in found["parties"]:
         counts = "".join(f'<td class="number">{n}</td>' for n in party["saw"].values())
         assert f"<td>{party['name']}</td>{counts}" in text
+
+
+def test_a_package_whose_version_cannot_be_read_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(report, "version", lambda name: None)
+    assert report._software()["gmpy2"] == "unknown"
 
 
 def test_names_cannot_break_the_page(dtl: Cli, tmp_path: Path, fixed_primes: None) -> None:

@@ -192,8 +192,13 @@ def make_report(
         twin=tuple(twin),
         parties=tuple(_party(name, consortium, steps, rounds) for name in names),
         steps=tuple(steps),
-        software={"python": python_version()} | {name: version(name) for name in _LIBRARIES},
+        software=_software(),
     )
+
+
+def _software() -> dict[str, str]:
+    """Versions by name; importlib returns None where it may not read a package's metadata."""
+    return {"python": python_version()} | {n: version(n) or "unknown" for n in _LIBRARIES}
 
 
 def _party(
