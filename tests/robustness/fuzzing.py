@@ -249,13 +249,20 @@ class Case:
             now = after.get(path, b"")
             grown = path.suffix == ".ledger" and now.startswith(data.removesuffix(b"\n"))
             mended = path == inside and path.suffix == ".ledger" and not code
-            if now != data and not (mended or (grown and (not code or now == data + b"\n"))):
+            tried = words[0] == "open-model" and self.lies and _is_attempt(now[len(data) :])
+            may_grow = not code or tried or now == data + b"\n"
+            if now != data and not (mended or (grown and may_grow)):
                 if "--resume" in words and (grown or path.suffix not in (".key", ".ledger")):
                     continue
                 problems.append(f"{path} was changed")
         if code and "--resume" not in words and words[0] != "simulate":
             problems += [f"{path} was written" for path in after.keys() - before.keys()]
         return problems
+
+
+def _is_attempt(added: bytes) -> bool:
+    """Whether a ledger has grown by the line of one attempt to open, which is written before."""
+    return added.count(b"\n") == 1 and b'"event":"tried"' in added
 
 
 def _contents(folder: Path) -> dict[Path, bytes]:

@@ -43,6 +43,7 @@ class Guided:
         self._corpus, self._place = corpus, place
         self._targets = [target for kind in corpus.targets.values() for target in kind]
         self._targets += [target for target, _ in corpus.vectors]
+        self._vectors = {content for _, content in corpus.vectors}
 
     def seeds(self, folder: Path, most: int, seed: int) -> None:
         """Write an input for every target as it is, to be signed anew or not, and the vectors.
@@ -90,7 +91,8 @@ class Guided:
         words = " ".join(target.words)
         named = f"{name}: {target.inside}: dtl {words}"
         mutation = fuzzing.UNCHANGED if same else "signed" if signed else "guided"
-        lies = signed or same or bool(flags & SWAPPED)
+        # Vectors are signed as they are, by whoever made them.
+        lies = signed or same or bool(flags & SWAPPED) or content in self._vectors
         return Case(self._corpus, named, target, mutation, content, lies)
 
     def run(self, data: bytes) -> None:
