@@ -524,13 +524,17 @@ def test_what_is_sealed_is_the_signed_result(
     assert "the proof of the release" in round_.dtl("verify", *options, code=4).err
 
 
-def test_a_word_out_of_range_in_a_release_is_refused(new_round: NewRound) -> None:
+def test_a_word_out_of_range_in_a_release_is_refused(
+    new_round: NewRound, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that releases what its own release-model refuses."""
     round_ = new_round()
     _, tensors = hostile.read(sum_of(round_))
     body = tensors[BODY]
     body[:] = 0xFF
     result = hostile.again(round_, round_.folder / "result.enc", "x.enc", tensors={BODY: body})
-    refused(round_, round_.release(result), "out of range", code=3)
+    release = hostile_release(round_, monkeypatch, result, results, "check_result", lambda *_: None)
+    refused(round_, release, "out of range", code=3)
 
 
 @pytest.mark.parametrize("bad", ["zero", "c_0 not below N", "a factor in common"])

@@ -97,7 +97,7 @@ def test_gradients_name_the_content_of_the_model_they_were_computed_on(
     assert model.metadata.content == model.content
     changed = tmp_path / "changed.safetensors"
     arrays = {name: np.nextafter(a, 1, dtype=np.float32) for name, a in model.arrays.items()}
-    opened = model.metadata.model_copy(update={"round": 1})
+    opened = model.metadata.model_copy(update={"round": 1, "base": "5" * 128})
     save_file(arrays, changed, {"dtl": opened.encode().decode()})
     for path in (w0, changed):
         grads.unlink(missing_ok=True)

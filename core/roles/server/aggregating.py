@@ -73,7 +73,7 @@ def aggregate(
         results.check_quorum(job, len(accepted), "accepted uploads", missing)
         orphans = _orphans(key, accepted, given, closing, ledger, output)
 
-        layout = start.layout if start else accepted[0].header.layout
+        layout = start.layout if start else results.in_order(accepted)[0].header.layout
         header = results.manifest(job, accepted, start, layout, now())
         content = _content(header)
         before = ledger.find(AggregateEntry, content=content)
